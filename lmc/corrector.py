@@ -1,0 +1,101 @@
+"""The corrector b̂_ψ and the normalised space it is trained and applied in. Never calls a prior."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from lmc.unet import ENCODING, Norm, UNet, concatenate_condition, frequency_encoding
+
+Statistics = Literal["image", "channel"]
+
+
+def normalise(b_hat: Tensor, z_hat: Tensor, statistics: Statistics = "image") -> Tensor:
+    """b(z, t): `b_hat` with its standard deviation replaced by that of `z_hat`, its mean kept.
+
+    b = σ(z_hat)/σ(b_hat) (b_hat − μ(b_hat)) + μ(b_hat)   [LMC, Eq. 10]
+
+    Args:
+        b_hat: the network's output, float (B, C, H, W).
+        z_hat: the prior's one-step estimate, the same shape.
+        statistics: μ and σ per 'image' (over C, H, W: the paper's) or per 'channel' (over H, W).
+
+    Returns:
+        (B, C, H, W). Where σ(b_hat) is 0 the result is its mean, not NaN.
+    """
+    dims = (1, 2, 3) if statistics == "image" else (2, 3)
+    mean = b_hat.mean(dims, keepdim=True)
+    centred = b_hat - mean
+    # The floor is far below any picture's deviation; the clamp also keeps the root's gradient
+    # finite at 0.
+    deviation = centred.square().mean(dims, keepdim=True).clamp_min(1e-12).sqrt()
+    wanted = z_hat.std(dims, correction=0, keepdim=True)
+    return wanted / deviation * centred + mean
+
+
+def corrector_loss(b: Tensor, z_hat: Tensor) -> Tensor:
+    """L_k = ‖z_hat − b(z, t)‖², mean over pixels, per image: (B,)  [LMC, Eq. 10]."""
+    return (z_hat - b).square().mean((1, 2, 3))
+
+
+class Corrector(nn.Module, PyTorchModelHubMixin, library_name="lmc", tags=["score-distillation"]):
+    """b̂_ψ: predicts what the prior's one-step denoising makes of a clean image [LMC, Sec. 4].
+
+    With the defaults, the paper's nine-level U-Net: 7,849,603 parameters.
+
+    Args:
+        channels: of z: 3 for a pixel prior, the latent channels for a latent one.
+        widths: filters per level; the last is the middle level.
+        norm: see `UNet`.
+        bounded: end in tanh; for pixel priors only, a latent has no bound.
+        statistics: see `normalise`.
+        prior: the identity of the prior it was trained on (`Prior.identity`), kept in its config.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        widths: Sequence[int] = (32, 64, 128, 256, 512),
+        norm: Norm = "none",
+        bounded: bool = True,
+        statistics: Statistics = "image",
+        prior: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = UNet(channels + ENCODING, channels, widths, norm, bounded)
+        self.statistics: Statistics = statistics
+        self.prior = dict(prior or {})
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """b̂_ψ(z, t), not normalised.
+
+        Args:
+            z: clean images in the prior's space, float (B, C, H, W).
+            t: times in (0, 1), float (B,).
+        """
+        return self.unet(concatenate_condition(z, frequency_encoding(t)))
+
+    def correct(self, z: Tensor, t: Tensor, z_hat: Tensor) -> Tensor:
+        """b(z, t) in the normalised space of `z_hat` [LMC, Eq. 10]; shapes as in `forward`."""
+        return normalise(self(z, t), z_hat, self.statistics)
+
+    def check_prior(self, identity: Mapping[str, Any]) -> None:
+        """Refuse any prior but the one this corrector was trained on.
+
+        Args:
+            identity: `Prior.identity` of the prior about to be used.
+
+        Raises:
+            ValueError: it is another prior (its denoiser's weights have another digest).
+        """
+        if self.prior.get("digest") != identity.get("digest"):
+            mine, other = (
+                ", ".join(f"{key} {value}" for key, value in one.items()) or "none recorded"
+                for one in (self.prior, identity)
+            )
+            raise ValueError(
+                "a corrector is valid for the prior it was trained on only.\n"
+                f"  trained on: {mine}\n  used with:  {other}\n"
+                "Train one for this prior: python train_bias.py fit --config …"
+            )

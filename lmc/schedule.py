@@ -1,0 +1,104 @@
+"""Noise schedules, the four kinds of prediction, and guidance. No networks.
+
+Everything here is a pure function of tensors and keeps their dtype, so that float64 in gives
+float64 out. Image tensors are (B, C, H, W); `alpha_t` and `sigma_t` are (B, 1, 1, 1).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A discrete variance-preserving (DDPM) noise schedule, read at continuous times.
+
+    Attributes:
+        alphas_cumprod: ᾱ on the prior's own grid, float (T,), decreasing, in (0, 1].
+    """
+
+    alphas_cumprod: Tensor
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """The grid index the denoiser is asked at: round(t T), int64 (B,), in [0, T - 1].
+
+        Args:
+            t: times in (0, 1), float (B,).
+        """
+        steps = len(self.alphas_cumprod)
+        return (t * steps).round().long().clamp(0, steps - 1)
+
+    def coefficients(self, t: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t) = (√ᾱ_t, √(1 − ᾱ_t)) at the grid index of `t`, each (B, 1, 1, 1).
+
+        Args:
+            t: times in (0, 1), float (B,).
+            dtype: of the result; that of `t` when None.
+        """
+        # In float64 first: near t = 0, 1 − ᾱ is a difference of nearly equal numbers.
+        alpha_bar = self.alphas_cumprod.to(t.device).double()[self.timestep(t)].view(-1, 1, 1, 1)
+        dtype = dtype or t.dtype
+        return alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
+
+
+def add_noise(z: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    """z_t = alpha_t z + sigma_t eps."""
+    return alpha_t * z + sigma_t * eps
+
+
+def to_eps_and_z_hat(
+    raw: Tensor, z_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, prediction_type: PredictionType
+) -> tuple[Tensor, Tensor]:
+    """Read a denoiser's raw output as (eps, z_hat), with z_t = alpha_t z_hat + sigma_t eps.
+
+    v = alpha_t eps − sigma_t z (variance-preserving priors); flow velocity = eps − z.
+
+    Args:
+        raw: the network's output, (B, C, H, W).
+        z_t: the noisy input it was computed from, the same shape.
+
+    Raises:
+        ValueError: for an unknown `prediction_type`.
+    """
+    if prediction_type == "epsilon":
+        return raw, (z_t - sigma_t * raw) / alpha_t
+    if prediction_type == "v_prediction":
+        return alpha_t * raw + sigma_t * z_t, alpha_t * z_t - sigma_t * raw
+    if prediction_type == "sample":
+        return (z_t - alpha_t * raw) / sigma_t, raw
+    if prediction_type == "flow":
+        return z_t + alpha_t * raw, z_t - sigma_t * raw
+    raise ValueError(_unknown(prediction_type))
+
+
+def from_eps_and_z_hat(
+    eps: Tensor, z_hat: Tensor, alpha_t: Tensor, sigma_t: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """The raw output that `to_eps_and_z_hat` reads as (eps, z_hat): its inverse.
+
+    Raises:
+        ValueError: for an unknown `prediction_type`.
+    """
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "v_prediction":
+        return alpha_t * eps - sigma_t * z_hat
+    if prediction_type == "sample":
+        return z_hat
+    if prediction_type == "flow":
+        return eps - z_hat
+    raise ValueError(_unknown(prediction_type))
+
+
+def guide(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: eps_uncond + ω (eps_cond − eps_uncond); ω = 1 is eps_cond."""
+    return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+
+
+def _unknown(prediction_type: str) -> str:
+    known = ", ".join(get_args(PredictionType))
+    return f"unknown prediction_type {prediction_type!r}; known are {known}"

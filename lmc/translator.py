@@ -1,0 +1,63 @@
+"""The translator: a feed-forward image-to-image network, one for all its target classes."""
+
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from lmc.unet import ENCODING, Norm, UNet, concatenate_condition, frequency_encoding
+
+
+class Translator(nn.Module, PyTorchModelHubMixin, library_name="lmc", tags=["image-to-image"]):
+    """Image and target class to image, the class id encoded onto every pixel [LMC, Sec. 5.2].
+
+    With the default widths, the paper's eleven-level U-Net: 7,850,115 parameters.
+
+    Args:
+        classes: names of the targets; their order is the network's class id.
+        image_size: the side in pixels it was trained at; kept in its config for whoever loads it.
+        widths: filters per level; the last is the middle level.
+        norm: see `UNet`.
+
+    Raises:
+        ValueError: no classes, or a class named twice.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        image_size: int = 256,
+        widths: Sequence[int] = (32, 64, 128, 256, 256, 256),
+        norm: Norm = "none",
+    ) -> None:
+        super().__init__()
+        if not classes or len(set(classes)) != len(classes):
+            raise ValueError(f"classes must be distinct names, got {list(classes)}")
+        self.classes = list(classes)
+        self.image_size = image_size
+        self.unet = UNet(3 + ENCODING, 3, widths, norm)
+
+    def class_ids(self, names: Sequence[str]) -> Tensor:
+        """The ids of target classes by name, int64 (len(names),).
+
+        Raises:
+            ValueError: a name it was not trained for.
+        """
+        for name in names:
+            if name not in self.classes:
+                raise ValueError(f"unknown class {name!r}; known are {', '.join(self.classes)}")
+        return torch.tensor([self.classes.index(name) for name in names])
+
+    def forward(self, image: Tensor, class_id: Tensor) -> Tensor:
+        """Translate.
+
+        Args:
+            image: (B, 3, H, W) float in [-1, 1].
+            class_id: int64 (B,), in [0, len(classes)).
+
+        Returns:
+            (B, 3, H, W), the same dtype, in (-1, 1).
+        """
+        encoding = frequency_encoding(class_id.to(torch.float32) / len(self.classes))
+        return self.unet(concatenate_condition(image, encoding))
