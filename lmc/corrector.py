@@ -1,8 +1,9 @@
 """The corrector b̂_ψ and the normalised space it is trained and applied in. Never calls a prior."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -22,14 +23,21 @@ def normalise(b_hat: Tensor, z_hat: Tensor, statistics: Statistics = "image") ->
         statistics: μ and σ per 'image' (over C, H, W: the paper's) or per 'channel' (over H, W).
 
     Returns:
-        (B, C, H, W). Where σ(b_hat) is 0 the result is its mean, not NaN.
+        (B, C, H, W), float32 or wider. Where σ(b_hat) is 0 the result is its mean, not NaN.
+
+    Raises:
+        ValueError: unknown statistics.
     """
+    if statistics not in get_args(Statistics):
+        known = ", ".join(get_args(Statistics))
+        raise ValueError(f"unknown statistics {statistics!r}; known are {known}")
+    b_hat = b_hat.to(torch.promote_types(z_hat.dtype, torch.float32))
     dims = (1, 2, 3) if statistics == "image" else (2, 3)
     mean = b_hat.mean(dims, keepdim=True)
     centred = b_hat - mean
-    # The floor is far below any picture's deviation; the clamp also keeps the root's gradient
-    # finite at 0.
-    deviation = centred.square().mean(dims, keepdim=True).clamp_min(1e-12).sqrt()
+    # The floor, a deviation of 1e-4, is far below any picture's and far above what rounding leaves
+    # of a flat one; the clamp also keeps the root's gradient finite at 0.
+    deviation = centred.square().mean(dims, keepdim=True).clamp_min(1e-8).sqrt()
     wanted = z_hat.std(dims, correction=0, keepdim=True)
     return wanted / deviation * centred + mean
 
@@ -99,3 +107,18 @@ class Corrector(nn.Module, PyTorchModelHubMixin, library_name="lmc", tags=["scor
                 f"  trained on: {mine}\n  used with:  {other}\n"
                 "Train one for this prior: python train_bias.py fit --config …"
             )
+
+
+def load_corrector(pretrained: str) -> Corrector:
+    """A released corrector, from its folder or hub id.
+
+    Raises:
+        FileNotFoundError: it is no release folder and cannot be fetched.
+    """
+    try:
+        return Corrector.from_pretrained(pretrained)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no released corrector at {pretrained}: train one (train_bias.py) and release it "
+            f"(lmc release RUN --out {pretrained})"
+        ) from error

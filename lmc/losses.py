@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lmc.corrector import Corrector
+from lmc.corrector import Corrector, load_corrector
 from lmc.priors import Embedding, Prior
 from lmc.schedule import add_noise, guide
 
@@ -88,8 +88,8 @@ class ScoreDistillation(ABC):
         self.guidance_scale, self.weighting = guidance_scale, weighting
         self.chain_alpha, self.rescale = chain_alpha, rescale
 
-    def prepare(self, prior: Prior, device: torch.device | str) -> None:
-        """Load and move what the loss has of its own, and check that it fits `prior`."""
+    def prepare(self, prior: Prior, device: torch.device | str) -> None:  # noqa: B027
+        """Load and move what the loss has of its own, if any, and check that it fits `prior`."""
 
     @abstractmethod
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
@@ -177,12 +177,14 @@ class LMC(ScoreDistillation):
         """Load the corrector if it was named, freeze and move it, check that `prior` is its own.
 
         Raises:
+            FileNotFoundError: there is no such corrector.
             ValueError: it was trained on another prior.
         """
         if isinstance(self.corrector, str):
-            self.corrector = Corrector.from_pretrained(self.corrector)
+            self.corrector = load_corrector(self.corrector)
         self.corrector.check_prior(prior.identity)
-        self.corrector.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        corrector = self.corrector.eval().requires_grad_(False).to(device)
+        corrector.to(memory_format=torch.channels_last)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         assert isinstance(self.corrector, Corrector), "call prepare first"

@@ -42,9 +42,7 @@ class Embedding:
 
     def expand(self, count: int) -> "Embedding":
         """A single prompt `count` times over."""
-        return Embedding(
-            {n: v.expand(count, *v.shape[1:]) for n, v in self.tensors.items()}
-        )
+        return Embedding({n: v.expand(count, *v.shape[1:]) for n, v in self.tensors.items()})
 
     @staticmethod
     def cat(parts: Sequence["Embedding"]) -> "Embedding":
@@ -69,8 +67,8 @@ class Prior(Protocol):
     schedule: Schedule
     identity: Mapping[str, Any]
 
-    def to(self, device: torch.device | str) -> "Prior":
-        """Load what is not loaded yet, move to `device`, return itself."""
+    def to(self, device: torch.device | str) -> None:
+        """Load what is not loaded yet, move to `device`."""
         ...
 
     def encode(self, image: Tensor) -> Tensor:
@@ -91,7 +89,7 @@ class Prior(Protocol):
 
 
 class DiffusersPrior:
-    """A pixel-space text-to-image prior in diffusers format: DeepFloyd IF's first stage and its like.
+    """A pixel-space text-to-image prior in diffusers format: DeepFloyd IF's first stage, say.
 
     Constructing it reads and checks the folder's JSON files; weights are loaded by `to`, and the
     text encoder by `embed` alone, only for prompts that are not in the cache yet.
@@ -128,6 +126,9 @@ class DiffusersPrior:
                 "a pixel-space pipeline with a unet and no vae is (IFPipeline)"
             )
         unet = self._json("unet/config.json")
+        for key in ("sample_size", "in_channels", "out_channels"):
+            if not isinstance(unet.get(key), int):
+                raise ValueError(f"{pretrained}/unet/config.json: no number for {key!r}")
         self.image_size: int = unet["sample_size"]
         self.channels: int = unet["in_channels"]
         if unet["out_channels"] not in (self.channels, 2 * self.channels):
@@ -136,12 +137,18 @@ class DiffusersPrior:
                 f"in_channels {self.channels} nor, with a learned variance, twice that"
             )
         scheduler = self._class("scheduler").from_pretrained(self.folder, subfolder="scheduler")
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{pretrained}/scheduler: {type(scheduler).__name__} is not supported; "
+                "one with a DDPM grid (alphas_cumprod) is"
+            )
         self.schedule = Schedule(scheduler.alphas_cumprod)
         self.prediction_type: PredictionType = scheduler.config.prediction_type
-        if self.prediction_type not in get_args(PredictionType):
+        known = [kind for kind in get_args(PredictionType) if kind != "flow"]
+        if self.prediction_type not in known:
             raise ValueError(
                 f"{pretrained}/scheduler: unknown prediction_type {self.prediction_type!r}; "
-                f"known are {', '.join(get_args(PredictionType))}"
+                f"known are {', '.join(known)}"
             )
         self._denoiser: torch.nn.Module | None = None
         self._digest: str | None = None
@@ -160,16 +167,16 @@ class DiffusersPrior:
             "digest": self._digest,
         }
 
-    def to(self, device: torch.device | str) -> "DiffusersPrior":
-        """Load the denoiser if that has not happened, move it to `device`, return itself."""
+    def to(self, device: torch.device | str) -> None:
+        """Load the denoiser if that has not happened, move it to `device`."""
         if self._denoiser is None:
             self._fetch("unet/*")
             unet = self._class("unet").from_pretrained(
                 self.folder, subfolder="unet", torch_dtype=self.dtype
             )
             self._denoiser = unet.eval().requires_grad_(False)
-        self._denoiser.to(device, memory_format=torch.channels_last)
-        return self
+        self._denoiser.to(device).to(memory_format=torch.channels_last)
+        self.schedule = Schedule(self.schedule.alphas_cumprod.to(device))
 
     def encode(self, image: Tensor) -> Tensor:
         """The image itself: this prior works on pixels."""
@@ -247,8 +254,10 @@ class DiffusersPrior:
     def _cache_file(self, prompt: str) -> Path:
         """One file a prior and prompt. The encoder's files are listed, never opened."""
         if Path(self.pretrained).is_dir():
-            parts = sorted(self.folder.glob("text_encoder/*")) + sorted(self.folder.glob("tokenizer/*"))
-            version = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+            parts = sorted(self.folder.glob("text_encoder/*")) + sorted(
+                self.folder.glob("tokenizer/*")
+            )
+            version: Any = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
         else:
             version = self.folder.name  # a hub snapshot's folder is named by its commit
         key = json.dumps([self.pretrained, version, prompt])
@@ -271,11 +280,15 @@ class DiffusersPrior:
         if not folder.is_dir():
             if self.pretrained.count("/") != 1 or self.pretrained.startswith((".", "/")):
                 raise FileNotFoundError(f"no such folder: {self.pretrained}")
-            folder = Path(
-                snapshot_download(
+            try:
+                snapshot = snapshot_download(
                     self.pretrained, revision=self.revision, allow_patterns=list(patterns)
                 )
-            )
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"{self.pretrained} is no folder here, and the hub has no such model: {error}"
+                ) from error
+            folder = Path(snapshot)
         for pattern in patterns:
             if not any(folder.glob(pattern)):
                 raise FileNotFoundError(f"{folder} has no {pattern}: not a whole diffusers folder")
@@ -297,10 +310,10 @@ def weights_digest(folder: Path) -> str:
     As half precision and by tensor, so that the fp16 and fp32 files of one model, however they are
     cut into shards, have one digest.
     """
-    where = {}
+    where: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            where |= {name: file for name in tensors.keys()}  # noqa: SIM118
+            where |= dict.fromkeys(tensors.keys(), file)
     digest = hashlib.sha256()
     for name in sorted(where):
         with safe_open(where[name], "pt") as tensors:

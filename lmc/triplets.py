@@ -26,20 +26,31 @@ class Triplets:
     t: Tensor
 
 
+def check_time_range(time_range: tuple[float, float]) -> tuple[float, float]:
+    """`time_range` itself.
+
+    Raises:
+        ValueError: it is no interval within [0, 1].
+    """
+    low, high = time_range
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"time_range must be an interval within [0, 1], got {list(time_range)}")
+    return low, high
+
+
 def draw_t_and_eps(
     z: Tensor, generator: torch.Generator, time_range: tuple[float, float] = TIME_RANGE
 ) -> tuple[Tensor, Tensor]:
     """t ~ U(time_range), (B,), and eps ~ N(0, I), as z; drawn on the generator's device."""
-    low, high = time_range
-    like = {"generator": generator, "device": generator.device, "dtype": z.dtype}
-    t = low + (high - low) * torch.rand(len(z), **like)
-    return t.to(z.device), torch.randn(z.shape, **like).to(z.device)
+    low, high = check_time_range(time_range)
+    where = generator.device
+    t = torch.rand(len(z), generator=generator, device=where, dtype=z.dtype)
+    eps = torch.randn(z.shape, generator=generator, device=where, dtype=z.dtype)
+    return (low + (high - low) * t).to(z.device), eps.to(z.device)
 
 
 @torch.no_grad()
-def sample_triplets(
-    prior: Prior, z: Tensor, t: Tensor, eps: Tensor, null: Embedding
-) -> Triplets:
+def sample_triplets(prior: Prior, z: Tensor, t: Tensor, eps: Tensor, null: Embedding) -> Triplets:
     """One triplet an image: a single denoiser evaluation each, without a prompt.
 
     Args:

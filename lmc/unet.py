@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,12 @@ class UNet(nn.Module):
         in_channels: of the input, encodings included.
         out_channels: of the output.
         widths: filters per level; each level but the last halves the resolution after it.
-        norm: 'none' as in the paper, or 'group' (eight groups before each ReLU), which a short
-            training needs.
+        norm: 'none' as in the paper, or 'group' (groups of eight channels, before each ReLU), which
+            a short training needs.
         bounded: end in tanh, so that the output is in (-1, 1).
 
     Raises:
-        ValueError: fewer than two widths, or a width that group normalisation cannot split.
+        ValueError: fewer than two widths, an unknown norm, or a width it cannot split.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class UNet(nn.Module):
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths needs at least two positive numbers, got {list(widths)}")
+        if norm not in get_args(Norm):
+            raise ValueError(f"unknown norm {norm!r}; known are {', '.join(get_args(Norm))}")
         if norm == "group" and any(width % 8 for width in widths):
             raise ValueError(f"norm 'group' needs widths that 8 divides, got {list(widths)}")
         *sides, middle = widths
@@ -102,6 +104,6 @@ def _level(in_channels: int, out_channels: int, norm: Norm) -> nn.Sequential:
     for channels in (in_channels, out_channels):
         layers.append(nn.Conv2d(channels, out_channels, 3, padding=1))
         if norm == "group":
-            layers.append(nn.GroupNorm(8, out_channels))
+            layers.append(nn.GroupNorm(out_channels // 8, out_channels))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)

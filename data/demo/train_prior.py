@@ -1,4 +1,4 @@
-"""Train the demo's prior: a small text-to-image diffusion model of the drawn animals, 32 x 32 pixels.
+"""Train the demo's prior: a small text-to-image diffusion model of the drawn animals, 32 x 32.
 
 It is written as an ordinary diffusers `IFPipeline` folder (DeepFloyd IF's format: T5 text encoder,
 `UNet2DConditionModel` with attention-pooled text, six output channels of which three are the
@@ -6,7 +6,7 @@ variance), so that the very code that loads DeepFloyd IF loads it. v-prediction,
 
     python data/demo/train_prior.py --out data/demo/prior
 
-takes about an hour and a half on two CPU cores; a run that was stopped goes on with the same command.
+takes about an hour and a half on two CPU cores; stopped, it goes on with the same command.
 """
 
 import argparse
@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 
 import torch
-from animals import CLASSES, caption, draw
 from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from animals import CLASSES, caption, draw
 
 SIZE = 32
 TEXT_LENGTH = 77  # what IFPipeline pads every prompt to
@@ -30,7 +31,7 @@ WORDS = ("a", "photo", "of", "an", "the", "picture", "animal", "face")
 
 
 def build_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer whose pieces are the captions' whole words, then single letters for the rest."""
+    """A T5 tokenizer whose pieces are the captions' whole words; single letters for the rest."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [(f"▁{word}", -2.0) for word in WORDS + CLASSES]
     pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -102,7 +103,7 @@ class Denoiser(torch.nn.Module):
     def forward(
         self, z_t: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor, which: Tensor
     ) -> Tensor:
-        """v (B, 3, H, W) of noisy pictures `z_t`; prompt i of picture b is row `which[b]` of `ids`."""
+        """v (B, 3, H, W) of noisy pictures `z_t`; row `which[b]` of `ids` is picture b's prompt."""
         text = self.text_encoder(input_ids=ids, attention_mask=mask)[0][which]
         return self.unet(z_t, timestep, encoder_hidden_states=text, return_dict=False)[0][:, :3]
 
@@ -203,8 +204,8 @@ def main() -> None:
             seconds = time.time() - start
             left = seconds / done * (args.steps - done)
             print(
-                f"step {done}/{args.steps}  loss {log[-1][1]:.4f}  {done * args.batch / seconds:.0f} "
-                f"images/s  {left / 60:.0f} min left",
+                f"step {done}/{args.steps}  loss {log[-1][1]:.4f}  "
+                f"{done * args.batch / seconds:.0f} images/s  {left / 60:.0f} min left",
                 flush=True,
             )
         if done % args.save_every == 0 or done == args.steps:

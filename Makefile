@@ -1,0 +1,24 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test test-slow lint
+
+demo: .venv/ready
+	$(BIN)/python data/demo/run.py
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

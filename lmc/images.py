@@ -1,0 +1,285 @@
+"""Shards of images to batches, and back. No noise, no Lightning.
+
+A shard is a webdataset tar: for each sample KEY an image file (KEY.png, .jpg, .jpeg or .webp) and
+KEY.json with at least {"label": the class}.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset, get_worker_info
+
+SUFFIXES = ("png", "jpg", "jpeg", "webp")
+ROUND = 8  # shards that a training stream shuffles together and a resumed run may have to re-read
+
+
+@dataclass  # not frozen: Lightning moves its tensors in place of it
+class ImageBatch:
+    """A batch of images.
+
+    Attributes:
+        image: float32 (B, 3, H, W) in [-1, 1].
+        key: the samples' keys.
+        label: their classes.
+        position: of the stream that made it, after this batch: (worker, round, samples read).
+        skipped: keys of broken samples passed over to make this batch, with what broke.
+    """
+
+    image: Tensor
+    key: list[str]
+    label: list[str]
+    position: tuple[int, int, int] = (0, 0, 0)
+    skipped: tuple[str, ...] = ()
+
+
+def expand_shards(shards: str | Sequence[str]) -> list[str]:
+    """All shards that a pattern (or several) names, checked as far as that costs nothing.
+
+    Args:
+        shards: a path with wildcards or braces ('cats/train-*.tar', 'train-{00000..00009}.tar'),
+            or a URL or 'pipe:' command, which are taken as they are.
+
+    Raises:
+        FileNotFoundError: a pattern names nothing, or a file is missing.
+        ValueError: a file is empty or cut off: a tar ends in 1,024 zero bytes.
+    """
+    found: list[str] = []
+    for pattern in [shards] if isinstance(shards, str) else shards:
+        for url in wds.shardlists.expand_urls(pattern):
+            if "://" in url or url.startswith("pipe:"):
+                found.append(url)
+                continue
+            files = sorted(glob.glob(url)) if glob.has_magic(url) else [url]
+            if not files or not Path(files[0]).exists():
+                raise FileNotFoundError(f"no shards at {url}: prepare the data first (see data/)")
+            found += files
+    for url in found:
+        if url.endswith(".tar") and os.path.exists(url):
+            with open(url, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - 1024, 0))
+                if size <= 1024 or file.read().strip(b"\0"):
+                    raise ValueError(f"{url} is empty, cut off or no tar: prepare it again")
+    return found
+
+
+def decode_image(data: bytes, where: str = "image") -> Tensor:
+    """An encoded image as float32 (3, H, W) in [-1, 1]; grey, palette and RGBA become RGB.
+
+    Raises:
+        ValueError: the data is no whole image; `where` is named.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """[-1, 1] to uint8 [0, 255], clipped and rounded; any shape."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) to (B, C, size, size), antialiased and differentiable."""
+    if image.shape[-2:] == (size, size):
+        return image
+    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+
+
+class ImageStream(IterableDataset):
+    """Batches of images from shards; use it in a DataLoader with batch_size=None.
+
+    In training, endless: each (rank, worker) draws its own order of the shards, shuffled, a pure
+    function of (seed, rank, worker), so that it can be taken up again at any batch's `position`.
+    Otherwise one pass, each sample exactly once over all ranks and workers, unshuffled.
+    A sample that cannot be decoded is skipped and named in the next batch's `skipped`.
+
+    Args:
+        shards: see `expand_shards`.
+        image_size: the side in pixels that every image must have.
+        batch_size: images a batch; the last one of a single pass may be smaller.
+        training: endless and shuffled, or one pass.
+        seed: of the order.
+        shuffle: samples in the shuffle buffer.
+        rank, world_size: of this process.
+
+    Raises:
+        FileNotFoundError, ValueError: see `expand_shards`; or, while reading, an image of another
+            size (naming the shard and the key).
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        image_size: int,
+        batch_size: int,
+        training: bool,
+        seed: int = 0,
+        shuffle: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.urls = expand_shards(shards)
+        self.image_size, self.batch_size, self.training = image_size, batch_size, training
+        self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
+        self.batches_read = 0
+        self.positions: dict[int, tuple[int, int]] = {}
+
+    def resume(self, batches_read: int, positions: dict[int, tuple[int, int]]) -> None:
+        """Go on after `batches_read` batches, the streams of the workers being at `positions`.
+
+        Args:
+            batches_read: by this rank.
+            positions: (round, samples read) by worker, from the last batch of each.
+        """
+        self.batches_read, self.positions = batches_read, dict(positions)
+
+    def check(self) -> None:
+        """Read one sample.
+
+        Raises:
+            ValueError: there is none, or it is not what `image_size` says.
+        """
+        for sample in self._samples(self.urls):
+            self._decode(sample)
+            return
+        raise ValueError(f"{self.urls[0]} holds no samples (an image KEY.png and KEY.json each)")
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if self.training:
+            # The loader asks worker 0 first: let it take the role of the one whose turn it is.
+            worker = (worker + self.batches_read) % workers
+            return self._batches(self._endless(worker))
+        part, parts = self.rank * workers + worker, self.world_size * workers
+        samples = (s for i, s in enumerate(self._samples(self.urls)) if i % parts == part)
+        return self._batches((sample, (worker, 0, 0)) for sample in samples)
+
+    def _endless(self, worker: int) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
+        """Samples and the position after each, from where the worker's stream is, without end."""
+        number, offset = self.positions.get(worker, (0, 0))
+        rounds_a_pass = -(-len(self.urls) // ROUND)
+        while True:
+            turn, part = divmod(number, rounds_a_pass)
+            order = self.urls.copy()
+            _random(self.seed, self.rank, worker, "pass", turn).shuffle(order)
+            samples = self._samples(order[part * ROUND : (part + 1) * ROUND])
+            rng = _random(self.seed, self.rank, worker, "round", number)
+            count = 0
+            for sample in wds.filters._shuffle(samples, self.shuffle, self.shuffle, rng=rng):
+                count += 1
+                if count > offset:
+                    yield sample, (worker, number, count)
+            if count == 0:
+                raise ValueError(f"{order[0]} and its neighbours hold no samples")
+            number, offset = number + 1, 0
+
+    def _batches(
+        self, samples: Iterable[tuple[dict[str, Any], tuple[int, int, int]]]
+    ) -> Iterator[ImageBatch]:
+        good: list[tuple[Tensor, str, str]] = []
+        skipped: list[str] = []
+        position = (0, 0, 0)
+
+        def batch() -> ImageBatch:
+            images, keys, labels = zip(*good, strict=True) if good else ((), (), ())
+            stacked = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
+            done = ImageBatch(stacked, list(keys), list(labels), position, tuple(skipped))
+            good.clear()
+            skipped.clear()
+            return done
+
+        for sample, position in samples:  # noqa: B007 (batch() reads it)
+            try:
+                good.append(self._decode(sample))
+            except BrokenSample as error:
+                skipped.append(str(error))
+                if len(skipped) > 100 * self.batch_size:
+                    raise ValueError(f"hardly a sample can be read, last: {error}") from error
+                continue
+            if len(good) == self.batch_size:
+                yield batch()
+        if good or skipped:
+            yield batch()
+
+    def _samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Raw samples of some shards, in order."""
+        return iter(wds.DataPipeline(wds.SimpleShardList(list(urls)), wds.tarfile_to_samples()))
+
+    def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, str, str]:
+        key, url = sample["__key__"], sample["__url__"]
+        where = f"{key} in {url}"
+        try:
+            label = json.loads(sample["json"])["label"]
+        except (KeyError, ValueError) as error:
+            raise BrokenSample(f"{where}: no KEY.json with a label ({error!r})") from error
+        data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
+        if data is None:
+            raise BrokenSample(f"{where}: no image ({', '.join(SUFFIXES)})")
+        try:
+            image = decode_image(data, where)
+        except ValueError as error:
+            raise BrokenSample(str(error)) from error
+        if image.shape[1:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"{where} is {image.shape[2]} x {image.shape[1]} pixels, image_size says "
+                f"{self.image_size}: prepare the shards at that size, or set image_size"
+            )
+        return image, key, label
+
+
+class BrokenSample(ValueError):
+    """A sample that cannot be read and may be skipped."""
+
+
+def heldout_names(names: Iterable[str], fraction: float = 0.05) -> set[str]:
+    """The held-out ones: the round(fraction · n) names with the smallest SHA-256.
+
+    Independent of order, so that every mirror and every run of a dataset holds out the same.
+    """
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return set(ranked[: round(fraction * len(ranked))])
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:
+    """Write one shard, atomically.
+
+    Args:
+        path: the tar to write.
+        samples: (key, encoded image, its suffix, the json's content) each.
+
+    Returns:
+        The number of samples.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    count = 0
+    with open(partial, "wb") as file, wds.TarWriter(file) as tar:
+        for key, image, suffix, about in samples:
+            tar.write({"__key__": key, suffix: image, "json": json.dumps(about).encode()})
+            count += 1
+    os.replace(partial, path)
+    return count
+
+
+def _random(*key: Any) -> random.Random:
+    """A generator that follows from `key` alone (a str seeds it through SHA-512)."""
+    return random.Random(repr(key))

@@ -1,0 +1,124 @@
+"""A trained network as a folder others can load: averaged weights, config, card. No Lightning.
+
+translator = Translator.from_pretrained("runs/mine/release")  # a folder or a hub id
+translator.push_to_hub("me/cats-to-others")  # huggingface_hub's own
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmc import __version__
+from lmc.corrector import Corrector
+from lmc.translator import Translator
+
+Network = Corrector | Translator
+KINDS: dict[str, type[Network]] = {"Corrector": Corrector, "Translator": Translator}
+
+
+def load_averaged(checkpoint: Path) -> tuple[Network, int]:
+    """The network in a training checkpoint, with its averaged weights, and the step it is from.
+
+    Args:
+        checkpoint: last.ckpt, or the run folder that holds checkpoints/last.ckpt.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no checkpoint of this library.
+    """
+    file = checkpoint / "checkpoints" / "last.ckpt" if checkpoint.is_dir() else checkpoint
+    if not file.exists():
+        raise FileNotFoundError(f"no checkpoint at {file}: train first")
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    about = state.get("network")
+    if about is None or about["class"] not in KINDS:
+        raise ValueError(f"{file} is no checkpoint of train_bias.py or train_translator.py")
+    network = KINDS[about["class"]](**about["config"])
+    prefix = "ema.module."
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in state["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    network.load_state_dict(weights)
+    return network.eval(), state["global_step"]
+
+
+def load_network(folder: str) -> Network:
+    """A released network, from a release folder or hub id, whichever of the two kinds it is.
+
+    Raises:
+        FileNotFoundError: a local folder without config.json.
+        ValueError: it is a release of something else.
+    """
+    path = Path(folder)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no config.json: not a release (see lmc release)")
+    try:
+        return Translator.from_pretrained(folder)
+    except TypeError:  # the config lacks the translator's classes
+        return Corrector.from_pretrained(folder)
+
+
+def release(
+    checkpoint: Path,
+    out: Path,
+    results: Mapping[str, Any] | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Write model.safetensors, config.json and README.md (the card) into `out`.
+
+    Args:
+        checkpoint: a run folder or its last.ckpt.
+        out: folder to write; an older release in it is replaced.
+        results: what was measured of it, for the card: names and numbers.
+        picture: a PNG to show on the card.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_averaged`.
+    """
+    network, step = load_averaged(checkpoint)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    network.save_pretrained(partial)
+    if picture is not None:
+        shutil.copy(picture, partial / "samples.png")
+    (partial / "README.md").write_text(card(network, step, results, picture is not None))
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(partial, out)
+
+
+def card(network: Network, step: int, results: Mapping[str, Any] | None, picture: bool) -> str:
+    """The model card, Markdown with the hub's YAML header."""
+    kind = type(network).__name__
+    tags = ["score-distillation", "lmc-sds"]
+    if isinstance(network, Translator):
+        tags.append("image-to-image")
+        about = (
+            f"A feed-forward translator of {network.image_size} x {network.image_size} images "
+            f"to {', '.join(network.classes)}."
+        )
+    else:
+        prior = "\n".join(f"- {key}: `{value}`" for key, value in network.prior.items())
+        about = f"The corrector b̂_ψ of one prior, and valid for no other:\n\n{prior}"
+    numbers = {k: v for k, v in (results or {}).items() if isinstance(v, int | float)}
+    measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in numbers.items())
+    header = json.dumps({"library_name": "lmc", "license": "apache-2.0", "tags": tags})
+    parts = [
+        f"---\n{header}\n---",
+        f"# {kind}",
+        about,
+        f"Trained with LMC-SDS's code, version {__version__}, {step} steps; averaged weights.",
+        f'```python\nfrom lmc import {kind}\n\nnetwork = {kind}.from_pretrained("…").eval()\n```',
+    ]
+    if measured:
+        parts.append(f"Measured on held-out images:\n\n| | |\n|---|---|\n{measured}")
+    if picture:
+        parts.append("![samples](samples.png)")
+    return "\n\n".join(parts) + "\n"

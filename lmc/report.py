@@ -1,0 +1,87 @@
+"""What was measured and made, for people who look: picture grids, plots of spectra, tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def grid(*rows: Tensor, gap: int = 2) -> Tensor:
+    """Rows of equally sized pictures as one.
+
+    Args:
+        rows: float (N, 3, H, W) in [-1, 1], N the same in all.
+        gap: black pixels between them.
+
+    Returns:
+        (3, H', W') in [0, 1].
+    """
+    pictures = torch.cat([row.float().cpu() for row in rows]).clamp(-1, 1) / 2 + 0.5
+    return make_grid(pictures, nrow=len(rows[0]), padding=gap)
+
+
+def labelled_grid(blocks: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """Blocks of labelled rows of pictures, as a PIL image.
+
+    Args:
+        blocks: by block title, by row label: float (N, 3, H, W) in [-1, 1], N the same in all.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    first = next(iter(next(iter(blocks.values())).values()))
+    count, side, margin, title = len(first), first.shape[-1], 76, 18
+    rows = sum(len(block) for block in blocks.values())
+    size = (margin + count * (side + 2), rows * (side + 2) + title * len(blocks))
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    y = 0
+    for name, block in blocks.items():
+        draw.text((margin, y + 1), name, "black", font)
+        y += title
+        for label, images in block.items():
+            draw.text((4, y + side // 2 - 7), label, "black", font)
+            pixels = (grid(images, gap=1) * 255).round().byte().permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(pixels), (margin, y))
+            y += side + 2
+    return sheet
+
+
+def spectra_figure(spectra: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> Any:
+    """Power spectra as a matplotlib figure, a panel an entry of `spectra`.
+
+    Args:
+        spectra: by panel title, one (F,) for each of `names`.
+        names: of the curves.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(spectra), 3), layout="constrained")
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(spectra), squeeze=False)[0], spectra.items(), strict=True
+    ):
+        for name, curve in zip(names, curves, strict=True):
+            axes.loglog(range(1, len(curve) + 1), curve.float().cpu(), label=name)
+        axes.set(title=title, xlabel="cycles per image", ylabel="power")
+        axes.legend()
+    return figure
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The translators' measurements as a Markdown table, one row a loss.
+
+    Args:
+        rows: `evaluate_translator`'s result by name.
+    """
+    distance = next(iter(rows.values()))["distance_name"]
+    lines = [
+        f"| loss | {distance} to source | CLIP score | R-Precision | spectrum error |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['distance']:.3f} | {row['clip_score']:.3f} | "
+        f"{row['r_precision']:.3f} | {row['spectrum_error']:.3f} |"
+        for name, row in rows.items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""What both stages' training shares: EMA, optimizer, randomness by step, the guard against NaN."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lmc.images import ImageBatch
+
+TIME_BINS = 5  # what is logged by t is logged for t in [0, 0.2), [0.2, 0.4), …
+
+
+@dataclass(frozen=True)
+class StepDecay:
+    """A learning rate of `lr` times `factor` once every `every` steps."""
+
+    lr: float
+    factor: float = 0.9
+    every: int = 100_000
+
+
+class NonFiniteGradient(RuntimeError):
+    """A gradient was infinite or NaN; training stops rather than go on with it."""
+
+
+class TrainingModule(LightningModule):
+    """A network, its running average, and a step that draws its randomness from (seed, rank, step).
+
+    The prior, being frozen, is no part of the module: not in its state, nor its average, nor DDP.
+
+    Args:
+        network: what is trained.
+        optimizer: Adam's learning rate and its decay.
+        ema_decay: of the running average of the weights, reached gradually; 0 keeps no average.
+        seed: of all noise.
+        check_every: steps between looks at whether all gradients were finite (a look waits for
+            the device).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: StepDecay,
+        ema_decay: float,
+        seed: int,
+        check_every: int = 50,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        self.network = network.to(memory_format=torch.channels_last)
+        self.ema = AveragedModel(self.network)
+        self.ema.requires_grad_(False)
+        self.adam, self.ema_decay, self.seed = optimizer, ema_decay, seed
+        self.check_every = check_every
+        self.batches_done = 0
+        self._unchecked: list[tuple[int, Tensor, Tensor, list[str], str]] = []
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network with its averaged weights: what is evaluated and released."""
+        return self.ema.module
+
+    def configure_optimizers(self) -> Any:
+        """Adam, stepwise decaying [LMC, App. A]."""
+        adam = torch.optim.Adam(self.network.parameters(), lr=self.adam.lr)
+        decay: Callable[[int], float] = lambda step: (  # noqa: E731
+            self.adam.factor ** (step // self.adam.every)
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, decay)
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def generator(self) -> torch.Generator:
+        """The randomness of this step: follows from (seed, rank, batches done) alone."""
+        generator = torch.Generator(self.device)
+        step = (self.seed * 65_537 + self.global_rank) * 100_000_007 + self.batches_done
+        return generator.manual_seed(step % 2**63)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the running average."""
+        super().optimizer_step(*args, **kwargs)
+        # Starts as a short average, so that a short run does not remember its first weights.
+        steps = self.trainer.global_step
+        decay = min(self.ema_decay, (1 + steps) / (10 + steps))
+        self.ema.multi_avg_fn = get_ema_multi_avg_fn(decay if self.ema_decay else 0.0)
+        self.ema.update_parameters(self.network)
+
+    def watch(self, gradient: Tensor, t: Tensor, batch: ImageBatch, what: str) -> None:
+        """Note whether `gradient` (B, …) is finite; looked at every `check_every` steps.
+
+        Raises:
+            NonFiniteGradient: one was not; names step, loss, t and the sample's key.
+        """
+        finite = torch.isfinite(gradient.detach()).flatten(1).all(1)
+        self._unchecked.append((self.global_step, finite, t, batch.key, what))
+        if len(self._unchecked) >= self.check_every:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Look at what `watch` noted since the last look.
+
+        Raises:
+            NonFiniteGradient: see `watch`.
+        """
+        noted, self._unchecked = self._unchecked, []
+        if not noted or torch.cat([finite for _, finite, *_ in noted]).all():
+            return
+        for step, finite, t, keys, what in noted:
+            for i in (~finite).nonzero().flatten().tolist():
+                raise NonFiniteGradient(
+                    f"step {step}: the gradient of {what!r} is not finite at "
+                    f"t = {t[i].item():.4f}, sample {keys[i]}. The last checkpoint is from "
+                    "before it. Usual causes: too high a learning rate, or a "
+                    "prior in float16 (try bfloat16)"
+                )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Never save weights that a non-finite gradient may have touched."""
+        self.check_finite()
+        checkpoint["batches_done"] = self.batches_done
+        # What lmc.release needs to build the network again.
+        network: Any = self.network
+        config = {name: plain(value) for name, value in network._hub_mixin_config.items()}
+        checkpoint["network"] = {"class": type(self.network).__name__, "config": config}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another network, by name and shape.
+
+        Raises:
+            ValueError: some weights are missing, left over or of another shape.
+        """
+        own, other = self.state_dict(), checkpoint["state_dict"]
+        for name in sorted(own.keys() | other.keys()):
+            here, there = (tuple(s[name].shape) if name in s else "none" for s in (own, other))
+            if here != there:
+                raise ValueError(
+                    f"the checkpoint is of another network: {name} has shape {there} there, {here} "
+                    "here. Use the configuration it was trained with, or another run folder"
+                )
+        self.batches_done = checkpoint["batches_done"]
+
+    def log_by_time(self, name: str, values: Tensor, t: Tensor) -> None:
+        """Log per-sample `values` (B,) as means over bins of t (B,), where a bin has any."""
+        if not self.trainer._logger_connector.should_update_logs:
+            return
+        bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        for i in bins.unique().tolist():
+            self.log(f"{name}/t{i / TIME_BINS:.1f}", values[bins == i].mean())
+
+
+def plain(value: Any) -> Any:
+    """Nested containers as lists and dicts, which a checkpoint may hold without pickle."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def tensorboard(module: LightningModule) -> Any:
+    """The run's TensorBoard writer, or None where there is none (another rank, a test)."""
+    return getattr(module.logger, "experiment", None) if module.trainer.is_global_zero else None

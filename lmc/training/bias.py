@@ -1,0 +1,112 @@
+"""Stage one: train the corrector b̂_ψ on triplets of a prior [LMC, Sec. 4]."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmc.corrector import Corrector, Statistics, corrector_loss
+from lmc.evaluate import CorrectorErrors, power_spectrum
+from lmc.images import ImageBatch, resize
+from lmc.priors import Prior
+from lmc.report import grid, spectra_figure
+from lmc.training.base import StepDecay, TrainingModule, tensorboard
+from lmc.triplets import TIME_RANGE, Triplets, check_time_range, draw_t_and_eps, sample_triplets
+from lmc.unet import Norm
+
+
+class CorrectorTraining(TrainingModule):
+    """Trains b̂_ψ with L_k = ‖z_hat − b(z, t)‖² [LMC, Eq. 10]. Defaults are the paper's.
+
+    Args:
+        prior: the frozen diffusion model.
+        widths: filters per level of the U-Net; the last is the middle level.
+        norm: 'none' as in the paper, or 'group'.
+        statistics: of Eq. 10: per 'image' (the paper's) or per 'channel'.
+        bounded: end in tanh; false for a latent prior.
+        optimizer: learning rate and decay.
+        ema_decay: of the running average of the weights; 0 keeps none.
+        time_range: t is uniform in it.
+        seed: of t and eps; follows seed_everything.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        widths: Sequence[int] = (32, 64, 128, 256, 512),
+        norm: Norm = "none",
+        statistics: Statistics = "image",
+        bounded: bool = True,
+        optimizer: StepDecay = StepDecay(lr=1e-4, factor=0.9, every=100_000),  # noqa: B008
+        ema_decay: float = 0.9999,
+        time_range: tuple[float, float] = TIME_RANGE,
+        seed: int = 0,
+    ) -> None:
+        corrector = Corrector(
+            prior.channels, widths, norm, bounded, statistics, prior=prior.identity
+        )
+        super().__init__(corrector, optimizer, ema_decay, seed)
+        self.prior, self.time_range = prior, check_time_range(time_range)
+
+    @property
+    def corrector(self) -> Corrector:
+        """The network being trained."""
+        assert isinstance(self.network, Corrector)
+        return self.network
+
+    def prepare_data(self) -> None:
+        """Embed the empty prompt into the cache, on one process a node."""
+        self.prior.embed([""])
+
+    def setup(self, stage: str) -> None:
+        """Load the prior and the empty prompt's embedding."""
+        device = self.trainer.strategy.root_device
+        self.null = self.prior.embed([""]).to(device)
+        self.prior.to(device)
+
+    def triplets(self, batch: ImageBatch, generator: torch.Generator) -> Triplets:
+        """Triplets of a batch of images, resized to the prior's resolution."""
+        z = self.prior.encode(resize(batch.image, self.prior.image_size))
+        t, eps = draw_t_and_eps(z, generator, self.time_range)
+        return sample_triplets(self.prior, z, t, eps, self.null.expand(len(z)))
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """L_k, mean over the batch."""
+        x = self.triplets(batch, self.generator())
+        self.batches_done += 1
+        losses = corrector_loss(self.corrector.correct(x.z, x.t, x.z_hat), x.z_hat)
+        self.watch(losses[:, None], x.t, batch, "L_k")
+        self.log("train/loss", losses.mean())
+        self.log_by_time("train/loss_by_t", losses.detach(), x.t)
+        return losses.mean()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the held-out errors afresh, with the same noise every time."""
+        self.errors = CorrectorErrors().to(self.device)
+        self.heldout_generator = torch.Generator(self.device).manual_seed(self.global_rank)
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Held-out L_k of the averaged weights, and of the identity beside it."""
+        if not len(batch.image):
+            return
+        x = self.triplets(batch, self.heldout_generator)
+        averaged: Any = self.averaged
+        b = averaged.correct(x.z, x.t, x.z_hat)
+        self.errors.update(x.z, x.z_hat, b)
+        writer = tensorboard(self)
+        if batch_idx == 0 and writer is not None:
+            order = x.t.argsort()[:: max(1, len(x.t) // 8)]
+            rows = [part[order] for part in (x.z, x.z_hat, b)]
+            writer.add_image("z, z_hat, b(z, t) by t", grid(*rows), self.global_step)
+            spectra = {
+                f"t = {t:.2f}": [power_spectrum(part[i : i + 1])[0] for part in (x.z, x.z_hat, b)]
+                for i, t in ((int(i), float(x.t[i])) for i in order[::3])
+            }
+            figure = spectra_figure(spectra, ("z", "z_hat", "b(z, t)"))
+            writer.add_figure("power spectra by t", figure, self.global_step)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the errors over all held-out images of all processes."""
+        for name, value in self.errors.compute().items():
+            self.log(f"heldout/{name}", value, rank_zero_only=True)

@@ -1,0 +1,137 @@
+"""Progress on the terminal, the checkpoint that a stopped run goes on from."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from lmc.training.base import TrainingModule
+
+
+class Progress(Callback):
+    """A line every few seconds: steps, losses, images a second, time left.
+
+    Args:
+        seconds: between lines.
+    """
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how much is to be done, and with which effective batch."""
+        data: Any = getattr(trainer, "datamodule", None)
+        each = data.batch_size if data else 0
+        self.batch = each * trainer.world_size * trainer.accumulate_grad_batches
+        parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        if trainer.is_global_zero:
+            print(
+                f"{parameters:,} parameters; effective batch {self.batch} = {trainer.world_size} "
+                f"processes x {each} images x {trainer.accumulate_grad_batches} accumulated; "
+                f"steps {trainer.global_step} to {trainer.max_steps}",
+                flush=True,
+            )
+        self.began = self.last = time.monotonic()
+        self.first = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print, where it is time to."""
+        now, step = time.monotonic(), trainer.global_step
+        final = step == trainer.max_steps
+        if not trainer.is_global_zero or (now - self.last < self.seconds and not final):
+            return
+        speed = (step - self.first) / max(now - self.began, 1e-9)
+        left = (trainer.max_steps - step) / speed if speed else 0.0
+        losses = "  ".join(
+            f"{name.removeprefix('train/')} {value:.4f}"
+            for name, value in trainer.callback_metrics.items()
+            if name in ("train/loss", "train/l2", "heldout/loss", "heldout/spectrum_error")
+        )
+        print(
+            f"step {step}/{trainer.max_steps}  {losses}  {speed * self.batch:.1f} images/s  "
+            f"{duration(left)} left",
+            flush=True,
+        )
+        self.last = now
+
+
+class SaveLast(Callback):
+    """Keeps `last.ckpt` in the run folder: every `every` steps and at the end.
+
+    Args:
+        path: of the checkpoint.
+        every: steps between saves.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every, self.saved = path, every, -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, where it is time to."""
+        step = trainer.global_step
+        if step != self.saved and step % self.every == 0 and step > 0:
+            trainer.save_checkpoint(self.path)
+            self.saved = step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end, unless a non-finite gradient is in it."""
+        if trainer.global_step != self.saved and trainer.global_step > 0:
+            trainer.save_checkpoint(self.path)
+
+
+class CheckFinite(Callback):
+    """Looks at the gradients that were not looked at yet, when training ends."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `TrainingModule.check_finite`."""
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.check_finite()
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there: an old one survives any failure."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            OSError: it could not be written; says where, and that the last one is untouched.
+        """
+        path = Path(path)
+        partial = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            # torch.save turns a full disk into a RuntimeError of its zip writer.
+            partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+            kept = "the last one there is untouched" if path.exists() else "there was none before"
+            raise OSError(
+                f"cannot write the checkpoint {path} ({error}); {free / 1e6:.0f} MB are free; "
+                f"{kept}"
+            ) from error
+
+
+def duration(seconds: float) -> str:
+    """Seconds as '2 h 05 min', '12:34 min' or '45 s'."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60}:{whole % 60:02d} min" if whole >= 60 else f"{whole} s"

@@ -1,0 +1,107 @@
+"""Shards as a LightningDataModule that can be taken up again at any step."""
+
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lmc.images import ImageBatch, ImageStream
+
+
+class ImageData(LightningDataModule):
+    """Training and held-out shards of images.
+
+    Args:
+        train: the training shards: a path with wildcards or braces, a URL or a 'pipe:' command.
+        heldout: the held-out shards, likewise.
+        image_size: the side in pixels of their images.
+        batch_size: images a step and process; the effective batch is that times processes times
+            trainer.accumulate_grad_batches.
+        num_workers: loading processes a training process; 0 loads in the process itself.
+        shuffle: samples in the shuffle buffer.
+        seed: of the order; follows seed_everything.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        heldout: str,
+        image_size: int,
+        batch_size: int,
+        num_workers: int = 0,
+        shuffle: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.heldout, self.image_size = train, heldout, image_size
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.shuffle, self.seed = shuffle, seed
+        self.batches_read = 0
+        self.positions: dict[int, tuple[int, int]] = {}  # by worker
+        self.skipped = 0
+
+    def setup(self, stage: str) -> None:
+        """Find the shards and read a sample of each split.
+
+        Raises:
+            FileNotFoundError, ValueError: see `ImageStream`.
+        """
+        for shards in (self.train, self.heldout):
+            self._stream(shards, training=False).check()
+
+    def train_dataloader(self) -> DataLoader:
+        """Endless, shuffled; goes on where `load_state_dict` said."""
+        stream = self._stream(self.train, training=True)
+        stream.resume(self.batches_read, self.positions)
+        return self._loader(stream)
+
+    def val_dataloader(self) -> DataLoader:
+        """The held-out images, each exactly once over all processes."""
+        return self._loader(self._stream(self.heldout, training=False))
+
+    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """Keep count of what training has read, and say what was skipped."""
+        if self.trainer is not None and self.trainer.training:
+            worker, *position = batch.position
+            self.positions[worker] = (position[0], position[1])
+            self.batches_read += 1
+        for what in batch.skipped:
+            self.skipped += 1
+            rank_zero_warn(f"skipped a broken sample ({self.skipped} so far): {what}")
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every rank has read, so that each goes on where it was."""
+        mine = {"batches_read": self.batches_read, "positions": dict(self.positions)}
+        if not torch.distributed.is_initialized():
+            return {"ranks": [mine]}
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, mine)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where this rank was; a rank that is new starts a stream of its own."""
+        rank = self.trainer.global_rank if self.trainer else 0
+        if rank < len(state_dict["ranks"]):
+            self.batches_read = state_dict["ranks"][rank]["batches_read"]
+            self.positions = state_dict["ranks"][rank]["positions"]
+
+    def _stream(self, shards: str, training: bool) -> ImageStream:
+        rank, world_size = 0, 1
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return ImageStream(
+            shards,
+            self.image_size,
+            self.batch_size,
+            training,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def _loader(self, stream: ImageStream) -> DataLoader:
+        return DataLoader(stream, batch_size=None, num_workers=self.num_workers)

@@ -1,0 +1,172 @@
+"""Stage two: train the translator with a score-distillation loss [LMC, Sec. 5.2]."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmc.evaluate import power_spectrum, spectrum_error
+from lmc.images import ImageBatch, resize
+from lmc.losses import LossInputs, ScoreDistillation, surrogate
+from lmc.priors import Prior
+from lmc.report import grid
+from lmc.training.base import StepDecay, TrainingModule, tensorboard
+from lmc.translator import Translator
+from lmc.triplets import TIME_RANGE, check_time_range, draw_t_and_eps
+from lmc.unet import Norm
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that goes from `start` to `end` along half a cosine over the first `steps` steps."""
+
+    start: float
+    end: float
+    steps: int = 20_000
+
+    def __call__(self, step: int) -> float:
+        """The weight at `step`; `end` ever after `steps`."""
+        done = min(1.0, step / self.steps) if self.steps else 1.0
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
+
+
+class TranslatorTraining(TrainingModule):
+    """Trains the translator with `loss` plus L2 to the source. Defaults are the paper's.
+
+    total = score_weight · score + l2_weight · L2, both means over pixels and batch.
+
+    Args:
+        prior: the frozen diffusion model.
+        loss: a score-distillation loss, by class: LMC, SDS, DDS or Cond of lmc.losses.
+        classes: the targets.
+        source: the class of the source images; its prompt is what DDS compares with.
+        prompt: of a class; {} stands for its name.
+        image_size: of the translator's images; they are resized to the prior's for the loss.
+        widths: filters per level of the U-Net; the last is the middle level.
+        norm: 'none' as in the paper, or 'group'.
+        score_weight: ramp of the loss's weight.
+        l2_weight: ramp of the L2 weight.
+        optimizer: learning rate and decay.
+        ema_decay: of the running average of the weights; 0 keeps none.
+        time_range: t is uniform in it.
+        seed: of classes, t and eps; follows seed_everything.
+
+    Raises:
+        ValueError: a prompt without {}, or a source that is a target too.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        loss: ScoreDistillation,
+        classes: Sequence[str] = ("bear", "dog", "lion", "squirrel"),
+        source: str = "cat",
+        prompt: str = "a photo of a {}",
+        image_size: int = 256,
+        widths: Sequence[int] = (32, 64, 128, 256, 256, 256),
+        norm: Norm = "none",
+        score_weight: Ramp = Ramp(0.1, 1.0),
+        l2_weight: Ramp = Ramp(1.0, 0.1),
+        optimizer: StepDecay = StepDecay(lr=5e-5, factor=0.9, every=50_000),  # noqa: B008
+        ema_decay: float = 0.999,
+        time_range: tuple[float, float] = TIME_RANGE,
+        seed: int = 0,
+    ) -> None:
+        if "{}" not in prompt:
+            raise ValueError(f"prompt {prompt!r} has no {{}} for the class's name")
+        if source in classes:
+            raise ValueError(f"the source class {source!r} is among the targets {list(classes)}")
+        super().__init__(
+            Translator(list(classes), image_size, list(widths), norm), optimizer, ema_decay, seed
+        )
+        self.prior, self.loss, self.time_range = prior, loss, check_time_range(time_range)
+        self.prompts = ["", prompt.format(source), *(prompt.format(name) for name in classes)]
+        self.score_weight, self.l2_weight = score_weight, l2_weight
+
+    @property
+    def translator(self) -> Translator:
+        """The network being trained."""
+        assert isinstance(self.network, Translator)
+        return self.network
+
+    def prepare_data(self) -> None:
+        """Embed the prompts into the cache, on one process a node."""
+        self.prior.embed(self.prompts)
+
+    def setup(self, stage: str) -> None:
+        """Load the prior and the loss, and the prompts' embeddings."""
+        device = self.trainer.strategy.root_device
+        self.embedding = self.prior.embed(self.prompts).to(device)
+        self.prior.to(device)
+        self.loss.prepare(self.prior, device)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """The weighted sum of the surrogate and L2."""
+        generator, count = self.generator(), len(batch.image)
+        class_id = torch.randint(
+            len(self.translator.classes), (count,), generator=generator, device=self.device
+        )
+        output = self.network(batch.image, class_id).float()
+        z = self.prior.encode(resize(output, self.prior.image_size))
+        t, eps = draw_t_and_eps(z.detach(), generator, self.time_range)
+        self.batches_done += 1
+        zeros = torch.zeros_like(class_id)
+        inputs = LossInputs(
+            z.detach(), t, eps, null=self.embedding[zeros], target=self.embedding[2 + class_id]
+        )
+        if self.loss.needs_source:
+            with torch.no_grad():
+                z_source = self.prior.encode(resize(batch.image, self.prior.image_size))
+            inputs = LossInputs(
+                inputs.z, t, eps, inputs.null, inputs.target, z_source, self.embedding[zeros + 1]
+            )
+        gradient = self.loss(self.prior, inputs)
+        self.watch(gradient.total, t, batch, self.loss.name)
+        score = surrogate(z, gradient.total).sum() / z.numel()
+        l2 = (output - batch.image).square().mean()
+        step = self.global_step
+        score_weight, l2_weight = self.score_weight(step), self.l2_weight(step)
+        self.log("train/l2", l2)
+        self.log("train/score_weight", score_weight)
+        self.log("train/l2_weight", l2_weight)
+        rms = gradient.total.square().mean((1, 2, 3)).sqrt()
+        # The surrogate's value means nothing: what falls, or does not, is the gradient's size.
+        self.log("train/loss", rms.mean())
+        for name, term in gradient.terms.items():
+            self.log_by_time(f"gradient_{name}", term.square().mean((1, 2, 3)).sqrt(), t)
+        return score_weight * score + l2_weight * l2
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the held-out figures afresh."""
+        self.l2_sum = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.spectra: list[Tensor] = [torch.zeros((), device=self.device)] * 2
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Held-out images to every class, by the averaged weights."""
+        source = batch.image
+        if not len(source):
+            return
+        count = len(self.translator.classes)
+        outputs = [
+            self.averaged(source, torch.full_like(source[:, 0, 0, 0], i)) for i in range(count)
+        ]
+        both = (torch.stack(outputs).float() - source).square().mean(), torch.ones(())
+        self.l2_sum += torch.stack([len(source) * v.to(source.device) for v in both]).double()
+        self.spectra[0] = self.spectra[0] + power_spectrum(source).sum(0)
+        outs = torch.stack([power_spectrum(output.float()).sum(0) for output in outputs]).mean(0)
+        self.spectra[1] = self.spectra[1] + outs
+        writer = tensorboard(self)
+        if batch_idx == 0 and writer is not None:
+            rows = [part[:8] for part in (source, *outputs)]
+            writer.add_image("source, then a row a class", grid(*rows), self.global_step)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log L2 to the source and the spectrum error, over all processes."""
+        self.trainer.strategy.reduce(self.l2_sum, reduce_op="sum")
+        spectra = [self.trainer.strategy.reduce(s, reduce_op="sum") for s in self.spectra]
+        self.log("heldout/l2", (self.l2_sum[0] / self.l2_sum[1]).float(), rank_zero_only=True)
+        self.log(
+            "heldout/spectrum_error", spectrum_error(spectra[1], spectra[0]), rank_zero_only=True
+        )

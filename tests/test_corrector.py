@@ -1,0 +1,227 @@
+"""Eq. 10's normalisation, the networks' sizes, and that training finds a blur known in advance."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from lmc.corrector import Corrector, corrector_loss, normalise
+from lmc.translator import Translator
+from lmc.triplets import sample_triplets
+
+from gaussian import GaussianPrior, power_spectrum
+
+
+def pictures(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 3, 16, 16, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("statistics", ["image", "channel"])
+@pytest.mark.parametrize("factor", [1e-3, 0.3, 40.0])
+def test_scale_of_the_network_changes_nothing_but_the_mean(statistics, factor):
+    b_hat, z_hat = 0.2 * pictures(0) + 0.1, 0.7 * pictures(1) - 0.3
+    dims = (1, 2, 3) if statistics == "image" else (2, 3)
+    plain = normalise(b_hat, z_hat, statistics)
+    scaled = normalise(factor * b_hat, z_hat, statistics)
+    mean = b_hat.mean(dims, keepdim=True)
+    torch.testing.assert_close(scaled - factor * mean, plain - mean, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("statistics", ["image", "channel"])
+def test_deviation_is_that_of_z_hat_and_mean_that_of_the_network(statistics):
+    scale = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64).view(1, 3, 1, 1)
+    b_hat, z_hat = 0.2 * pictures(0) + scale, scale * pictures(1) - 0.3
+    dims = (1, 2, 3) if statistics == "image" else (2, 3)
+    b = normalise(b_hat, z_hat, statistics)
+    for correction in (0, 1):  # whichever convention: the ratio is the same
+        wanted = z_hat.std(dims, correction=correction)
+        torch.testing.assert_close(b.std(dims, correction=correction), wanted, rtol=1e-10, atol=0)
+    torch.testing.assert_close(b.mean(dims), b_hat.mean(dims), rtol=0, atol=1e-12)
+
+
+def test_statistics_are_per_image_by_default_and_of_each_image_alone():
+    b_hat, z_hat = pictures(0), 2 * pictures(1)
+    whole = normalise(b_hat, z_hat)
+    assert torch.equal(whole, normalise(b_hat, z_hat, "image"))
+    for i in range(4):
+        alone = normalise(b_hat[i : i + 1], z_hat[i : i + 1])
+        torch.testing.assert_close(alone, whole[i : i + 1], rtol=0, atol=1e-12)
+    assert not torch.allclose(whole, normalise(b_hat, z_hat, "channel"))
+
+
+@pytest.mark.parametrize("statistics", ["image", "channel"])
+@pytest.mark.parametrize("spread", [0.0, 1e-30, 1e-12, 1e-7])
+def test_a_flat_output_gives_finite_values_and_gradients(statistics, spread):
+    b_hat = (spread * pictures(0, torch.float32) + 0.25).requires_grad_()
+    b = normalise(b_hat, pictures(1, torch.float32), statistics)
+    corrector_loss(b, pictures(1, torch.float32)).sum().backward()
+    assert b.isfinite().all() and b_hat.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [0.1, 0.3, 0.7])
+def test_a_flat_output_is_kept_as_its_mean(level, dtype):
+    """The mean of equal numbers is rounded, too: the floor must be above that rounding.
+
+    5e-3 is less than one of 255 grey levels over [-1, 1].
+    """
+    b_hat = torch.full((1, 3, 16, 16), level, dtype=dtype)
+    b = normalise(b_hat, pictures(1, dtype)[:1])
+    torch.testing.assert_close(b, b_hat, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outputs_are_normalised_in_full_precision(dtype):
+    """Under autocast b̂ arrives in half precision; 1e-12 is 0 in float16, and σ has 8 bits in bf16.
+
+    1e-4 is far above float32's rounding and far below bfloat16's, 4e-3.
+    """
+    b_hat, z_hat = (0.2 * pictures(0) + 0.1).to(dtype), 0.7 * pictures(1, torch.float32)
+    b = normalise(b_hat, z_hat)
+    wanted = z_hat.std((1, 2, 3), correction=0)
+    torch.testing.assert_close(b.float().std((1, 2, 3), correction=0), wanted, rtol=1e-4, atol=0)
+    flat = normalise(torch.full_like(b_hat, 0.25), z_hat)
+    assert flat.isfinite().all()
+
+
+def test_unknown_statistics_are_an_error():
+    with pytest.raises(ValueError, match="pixel"):
+        Corrector(3, widths=(4, 8), statistics="pixel")
+
+
+def test_correct_is_the_network_in_the_normalised_space():
+    torch.manual_seed(0)
+    z, z_hat, t = pictures(0), pictures(1), torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
+    for statistics in ("image", "channel"):
+        corrector = Corrector(3, widths=(4, 8), statistics=statistics).double()
+        wanted = normalise(corrector(z, t), z_hat, statistics)
+        torch.testing.assert_close(corrector.correct(z, t, z_hat), wanted, rtol=0, atol=1e-12)
+
+
+def test_time_reaches_the_network():
+    torch.manual_seed(0)
+    corrector, z = Corrector(3, widths=(4, 8)), pictures(0, torch.float32)
+    early, late = corrector(z, torch.full((4,), 0.1)), corrector(z, torch.full((4,), 0.9))
+    assert (early - late).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_loss_is_the_mean_square_per_image():
+    b, z_hat = pictures(0), pictures(1)
+    loss = corrector_loss(b, z_hat)
+    for i in range(4):
+        wanted = nn.functional.mse_loss(b[i], z_hat[i]).item()
+        assert loss[i].item() == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("network", [Corrector(), Translator(["cat"])])
+def test_parameter_count_in_the_docstring_is_true(network):
+    count = sum(p.numel() for p in network.parameters())
+    assert f"{count:,} parameters" in type(network).__doc__
+
+
+@pytest.mark.parametrize(
+    ("network", "filters"),
+    [
+        (Corrector(), [32, 64, 128, 256, 512, 256, 128, 64, 32]),
+        (Translator(["cat"]), [32, 64, 128, 256, 256, 256, 256, 256, 128, 64, 32]),
+    ],
+)
+def test_nine_and_eleven_levels_of_two_convolutions_each(network, filters):
+    """The filters of METHOD.md's lists, in the order the image meets them."""
+    seen: list[tuple[int, int]] = []
+
+    def note(module, args, output):
+        seen.append((output.shape[1], output.shape[2]))
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    condition = torch.tensor([0.5]) if isinstance(network, Corrector) else torch.tensor([0])
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 64, 64), condition)
+    depth = len(filters) // 2
+    sides = [64 // 2**d for d in (*range(depth), depth, *reversed(range(depth)))]
+    levels = list(zip(filters, sides, strict=True))
+    assert seen == [level for level in levels for _ in range(2)] + [(3, 64)]
+
+
+@pytest.mark.parametrize("identity", [{"digest": "b", "pretrained": "two"}, {}])
+def test_check_prior_compares_digests(identity):
+    corrector = Corrector(3, widths=(4, 8), prior={"digest": "a", "pretrained": "one"})
+    corrector.check_prior({"digest": "a", "pretrained": "moved elsewhere"})
+    with pytest.raises(ValueError, match="digest a, pretrained one"):
+        corrector.check_prior(identity)
+
+
+class LinearFilter(Corrector):
+    """One circular convolution per time, as wide as the picture, the identity at first."""
+
+    def __init__(self, times: torch.Tensor, size: int) -> None:
+        super().__init__(1, widths=(1, 1))
+        self.register_buffer("times", times)
+        kernel = torch.zeros(len(times), 1, size, size, dtype=torch.float64)
+        kernel[..., 0, 0] = 1
+        self.kernel = nn.Parameter(kernel)
+
+    def forward(self, z, t):
+        kernel = self.kernel[torch.searchsorted(self.times, t)]
+        return torch.fft.ifft2(torch.fft.fft2(kernel) * torch.fft.fft2(z)).real
+
+
+def test_training_finds_the_blur_of_the_gaussian_prior():
+    """The shape of the trained filter is that of E[z_hat | z], by bands of frequencies.
+
+    With mean zero z_hat = alpha_t S / (alpha_t² S + sigma_t²) z_t and E[z_t | z] = alpha_t z, so
+
+        E[z_hat | z] = gain · z,     gain_k = alpha_t² S_k / (alpha_t² S_k + sigma_t²).
+
+    Eq. 10 leaves the scale of b free (and the mean, frequency 0, apart), and replaces the norm of b
+    by that of z_hat, so that L_k asks for the largest correlation Σ gain S B / √(Σ S B²), B the
+    filter's transfer: B ∝ gain if the pictures' deviation hardly varies from one to the next.
+    """
+    times = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
+    size, batch = 16, 96
+    zero = torch.zeros(1, size, size, dtype=torch.float64)
+    prior = GaussianPrior({"": zero}, power_spectrum(size, exponent=1.0, strength=4.0))
+    null = prior.embed([""]).expand(batch)
+    t = times.repeat_interleave(batch // len(times))
+    generator = torch.Generator().manual_seed(0)
+
+    def triplets():
+        z = prior.sample(batch, "", generator)
+        eps = torch.randn(z.shape, generator=generator, dtype=torch.float64)
+        return sample_triplets(prior, z, t, eps, null)
+
+    corrector = LinearFilter(times, size)
+    steps = 400
+    optimizer = torch.optim.Adam(corrector.parameters(), lr=2e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x = triplets()
+        optimizer.zero_grad()
+        corrector_loss(corrector.correct(x.z, x.t, x.z_hat), x.z_hat).mean().backward()
+        optimizer.step()
+        schedule.step()
+
+    z = prior.sample(batch, "", generator)
+    with torch.no_grad():
+        spectra = [torch.fft.fft2(image) for image in (corrector(z, t), z)]
+    k = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
+    radius = (k[:, None].square() + k.square()).sqrt()
+    edges = [0.5, 1.6, 2.6, 4.1, 6.1, 8.1, 12]
+    for i, time in enumerate(times):
+        b, z = (s.view(len(times), -1, size, size)[i] for s in spectra)
+        transfer = (b * z.conj()).real.mean(0) / z.abs().square().mean(0)
+        alpha_t, sigma_t = prior.schedule.coefficients(time[None])
+        signal = (alpha_t.square() * prior.spectrum).squeeze()
+        gain = signal / (signal + sigma_t.square().squeeze())
+        ratio = transfer / gain
+        inside = [(radius > low) & (radius < high) for low, high in pairwise(edges)]
+        found = torch.stack([ratio[band].mean() for band in inside])
+        wanted = torch.stack([gain[band].mean() for band in inside])
+        # Not a flat one, which the filter starts from; 5 % is five times what is measured, and
+        # covers the pictures' varying deviation and the last steps' gradient noise.
+        assert wanted.max() / wanted.min() > 1.4
+        torch.testing.assert_close(found / found.mean(), torch.ones_like(found), rtol=0, atol=0.05)

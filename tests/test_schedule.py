@@ -1,0 +1,168 @@
+"""The schedule's conversions, against themselves, diffusers and the definitions."""
+
+from typing import get_args
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from lmc.schedule import (
+    PredictionType,
+    Schedule,
+    add_noise,
+    from_eps_and_z_hat,
+    guide,
+    to_eps_and_z_hat,
+)
+
+from gaussian import cosine_alphas_cumprod
+
+TYPES = get_args(PredictionType)
+GRID = torch.arange(1000)
+
+
+def coefficients(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha_t, sigma_t over t = 0.02 … 0.98, written out: flow is linear, the rest on a circle."""
+    t = torch.linspace(0.02, 0.98, 49, dtype=torch.float64).view(-1, 1, 1, 1)
+    if kind == "flow":
+        return 1 - t, t
+    return (t * torch.pi / 2).cos(), (t * torch.pi / 2).sin()
+
+
+def images(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 2, 3, 5, generator=generator, dtype=torch.float64)
+
+
+def diffusers_scheduler(cls: type, prediction_type: str, **options):
+    """One of diffusers' schedulers, its ᾱ in float64 so that 1e-12 can be asked of it."""
+    scheduler = cls(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=prediction_type,
+        clip_sample=False,
+        **options,
+    )
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    return scheduler
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_conversions_round_trip(kind):
+    alpha_t, sigma_t = coefficients(kind)
+    z, eps = images(49, 0), images(49, 1)
+    z_t = add_noise(z, eps, alpha_t, sigma_t)
+    raw = from_eps_and_z_hat(eps, z, alpha_t, sigma_t, kind)
+    eps_again, z_again = to_eps_and_z_hat(raw, z_t, alpha_t, sigma_t, kind)
+    torch.testing.assert_close(eps_again, eps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(z_again, z, rtol=0, atol=1e-12)
+    raw_again = from_eps_and_z_hat(eps_again, z_again, alpha_t, sigma_t, kind)
+    torch.testing.assert_close(raw_again, raw, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_any_raw_output_is_read_consistently(kind):
+    """z_t = alpha_t z_hat + sigma_t eps holds for what a network says, not only for the truth."""
+    alpha_t, sigma_t = coefficients(kind)
+    z_t, raw = images(49, 2), images(49, 3)
+    eps, z_hat = to_eps_and_z_hat(raw, z_t, alpha_t, sigma_t, kind)
+    torch.testing.assert_close(alpha_t * z_hat + sigma_t * eps, z_t, rtol=0, atol=1e-12)
+    raw_again = from_eps_and_z_hat(eps, z_hat, alpha_t, sigma_t, kind)
+    torch.testing.assert_close(raw_again, raw, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler])
+def test_agrees_with_diffusers_over_the_whole_grid(cls, kind):
+    # epsilon divides by alpha_t, 5e-5 at the end of the cosine schedule, so that DDIM (which
+    # rounds in another order) differs by 1e-16 / 5e-5 there: relative, not absolute, tolerance.
+    scheduler = diffusers_scheduler(cls, kind)
+    schedule = Schedule(scheduler.alphas_cumprod)
+    z, eps, raw = images(1000, 0), images(1000, 1), images(1000, 2)
+    alpha_t, sigma_t = schedule.coefficients(GRID.double() / 1000)
+    z_t = add_noise(z, eps, alpha_t, sigma_t)
+    torch.testing.assert_close(z_t, scheduler.add_noise(z, eps, GRID), rtol=0, atol=1e-12)
+    _, z_hat = to_eps_and_z_hat(raw, z_t, alpha_t, sigma_t, kind)
+    if cls is DDIMScheduler:
+        scheduler.set_timesteps(1000)
+    for i in range(1000):
+        step = scheduler.step(raw[i], i, z_t[i])
+        torch.testing.assert_close(z_hat[i], step.pred_original_sample, rtol=1e-11, atol=1e-12)
+
+
+def test_velocity_is_the_one_of_diffusers():
+    scheduler = diffusers_scheduler(DDPMScheduler, "v_prediction")
+    alpha_t, sigma_t = Schedule(scheduler.alphas_cumprod).coefficients(GRID.double() / 1000)
+    z, eps = images(1000, 0), images(1000, 1)
+    velocity = from_eps_and_z_hat(eps, z, alpha_t, sigma_t, "v_prediction")
+    wanted = scheduler.get_velocity(z, eps, GRID)
+    torch.testing.assert_close(velocity, wanted, rtol=0, atol=1e-12)
+
+
+def test_cosine_schedule_of_the_helper_is_the_one_of_diffusers():
+    # diffusers multiplies a thousand factors in float32, hence 1e-4 and not 1e-7.
+    theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+    torch.testing.assert_close(cosine_alphas_cumprod(), theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_flow_velocity_takes_diffusers_sampler_to_both_ends():
+    """Following v along sigma lands on z_hat at sigma 0; v = eps − z by definition."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(8)
+    z, eps = images(1, 0), images(1, 1)
+    for i, timestep in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[i].double()
+        z_t = scheduler.scale_noise(z, timestep[None], eps)
+        torch.testing.assert_close(z_t, add_noise(z, eps, 1 - sigma, sigma), rtol=0, atol=1e-6)
+        raw = from_eps_and_z_hat(eps, z, 1 - sigma, sigma, "flow")
+        torch.testing.assert_close(raw, eps - z, rtol=0, atol=0)
+        # One Euler step of diffusers stays on the straight line from eps to z (its sigmas are
+        # float32, hence 1e-6).
+        following = scheduler.step(raw, timestep, z_t).prev_sample
+        lower = scheduler.sigmas[i + 1].double()
+        torch.testing.assert_close(
+            following.double(), add_noise(z, eps, 1 - lower, lower), rtol=0, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("t", "index"),
+    [(0.02, 20), (0.98, 980), (0.5, 500), (0.0204, 20), (0.0206, 21), (0, 0), (1, 999), (1.5, 999)],
+)
+def test_times_map_to_the_nearest_index_inside_the_grid(t, index, dtype):
+    schedule = Schedule(cosine_alphas_cumprod())
+    times = torch.tensor([t], dtype=dtype)
+    assert schedule.timestep(times).tolist() == [index]
+    assert schedule.timestep(times).dtype == torch.int64
+    alpha_t, sigma_t = schedule.coefficients(times, torch.float64)
+    assert alpha_t.item() == pytest.approx(schedule.alphas_cumprod[index].item() ** 0.5, rel=1e-12)
+    assert alpha_t.shape == sigma_t.shape == (1, 1, 1, 1)
+
+
+def test_every_grid_index_is_reached_in_float32():
+    schedule = Schedule(cosine_alphas_cumprod())
+    assert torch.equal(schedule.timestep(GRID.float() / 1000), GRID)
+
+
+def test_coefficients_lie_on_the_circle_and_take_the_dtype_asked_for():
+    schedule = Schedule(cosine_alphas_cumprod().float())  # as diffusers keeps it
+    times = GRID.float() / 1000
+    alpha_t, sigma_t = schedule.coefficients(times, torch.float64)
+    unit = alpha_t.square() + sigma_t.square()
+    torch.testing.assert_close(unit, torch.ones_like(unit), rtol=0, atol=1e-12)
+    assert schedule.coefficients(times)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("convert", [to_eps_and_z_hat, from_eps_and_z_hat])
+def test_unknown_prediction_type_names_the_known_ones(convert):
+    x = images(1, 0)
+    with pytest.raises(ValueError, match="'velocity'") as error:
+        convert(x, x, *Schedule(cosine_alphas_cumprod()).coefficients(x[:, 0, 0, 0]), "velocity")
+    assert all(kind in str(error.value) for kind in TYPES)
+
+
+def test_guidance_extrapolates_from_uncond_through_cond():
+    uncond, cond = images(1, 0), images(1, 1)
+    torch.testing.assert_close(guide(uncond, cond, 0), uncond, rtol=0, atol=0)
+    torch.testing.assert_close(guide(uncond, cond, 1), cond, rtol=0, atol=1e-15)
+    torch.testing.assert_close(guide(uncond, cond, 2), 2 * cond - uncond, rtol=0, atol=1e-14)

@@ -1,0 +1,243 @@
+"""Both training scripts, run for real on a tiny world: resume, EMA, errors, checkpoints."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_bias
+import train_translator
+from lmc.priors import DiffusersPrior
+from lmc.release import load_averaged, release
+from lmc.training.base import NonFiniteGradient
+from lmc.training.callbacks import AtomicCheckpointIO
+from lmc.training.translator import Ramp
+
+import worlds
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return worlds.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def corrector(tmp_path_factory: pytest.TempPathFactory, tiny_prior_folder: Path, data: str) -> Path:
+    """A released corrector of the tiny prior."""
+    folder = tmp_path_factory.mktemp("bias")
+    train_bias.main(worlds.bias_args(tiny_prior_folder, data, folder / "run"))
+    release(folder / "run", folder / "release", {"loss": 1.0})
+    return folder / "release"
+
+
+def last(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_weights(tiny_prior_folder, data, tmp_path, workers):
+    """N + N steps across a SIGKILL equal 2N straight, bit for bit: weights, EMA, Adam."""
+    more = ["--trainer.max_steps=30", "--save_every=3", f"--data.num_workers={workers}"]
+    args = worlds.bias_args(tiny_prior_folder, data, tmp_path / "killed", *more)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_bias.py", *args, "--trainer.max_steps=100000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.time() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped = last(tmp_path / "killed")["global_step"]
+    assert 0 < stopped < 30, "the run was too fast to be killed half way"
+    train_bias.main(args)
+    straight = worlds.bias_args(tiny_prior_folder, data, tmp_path / "straight", *more)
+    train_bias.main(straight)
+    one, other = last(tmp_path / "killed"), last(tmp_path / "straight")
+    assert one["global_step"] == other["global_step"] == 30
+    assert_same(one["state_dict"], other["state_dict"])
+    adam, other_adam = (x["optimizer_states"][0]["state"] for x in (one, other))
+    for i in adam:
+        assert_same(adam[i], other_adam[i])
+    assert one["ImageData"] == other["ImageData"]
+
+
+@pytest.mark.parametrize("loss", ["SDS", "Cond", "DDS", "LMC"])
+def test_every_loss_trains_a_translator(tiny_prior_folder, data, corrector, tmp_path, loss):
+    more = [f"--model.loss.init_args.corrector={corrector}"] if loss == "LMC" else []
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path, loss, *more)
+    train_translator.main(args)
+    state = last(tmp_path)
+    assert state["global_step"] == 4
+    # The network and its average, and nothing of the prior or the corrector.
+    assert {name.split(".")[0] for name in state["state_dict"]} == {"network", "ema"}
+    assert (tmp_path / "config.yaml").exists()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    scalars = events.Tags()["scalars"]
+    assert "train/l2" in scalars and "heldout/spectrum_error" in scalars
+    assert any(name.startswith("gradient_") for name in scalars)
+    assert events.Tags()["images"]
+
+
+def test_stage_one_logs_losses_pictures_and_spectra(tiny_prior_folder, data, tmp_path):
+    train_bias.main(worlds.bias_args(tiny_prior_folder, data, tmp_path))
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    expected = {"train/loss", "heldout/loss", "heldout/identity_loss"}
+    assert expected <= set(tags["scalars"])
+    assert any(name.startswith("train/loss_by_t/") for name in tags["scalars"])
+    assert {"z, z_hat, b(z, t) by t", "power spectra by t"} <= set(tags["images"])
+
+
+def test_the_average_is_of_the_weights(tiny_prior_folder, data, tmp_path):
+    """Against the recursion, from the weights after each step."""
+    args = worlds.bias_args(tiny_prior_folder, data, tmp_path / "0", "--model.ema_decay=0.5")
+    expected: dict[str, torch.Tensor] = {}
+    for steps in (1, 2, 3, 4):
+        run = tmp_path / str(steps)
+        train_bias.main([*args, f"--run={run}", f"--trainer.max_steps={steps}"])
+        weights = {
+            name.removeprefix("network."): value
+            for name, value in last(run)["state_dict"].items()
+            if name.startswith("network.")
+        }
+        decay = min(0.5, (1 + steps) / (10 + steps))
+        expected = {
+            # The first update of an average copies the weights.
+            name: value if steps == 1 else decay * expected[name] + (1 - decay) * value
+            for name, value in weights.items()
+        }
+    averaged = load_averaged(tmp_path / "4")[0].state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value)
+
+
+def test_ramps_are_half_cosines():
+    ramp = Ramp(0.1, 1.0, 20_000)
+    assert [ramp(step) for step in (0, 10_000, 20_000, 50_000)] == pytest.approx([0.1, 0.55, 1, 1])
+    assert Ramp(1.0, 0.1, 4)(1) == pytest.approx(0.1 + 0.9 * (1 + 2**-0.5) / 2)
+
+
+def test_learning_rate_falls_by_steps(tiny_prior_folder, data, tmp_path):
+    cli = train_bias.main(
+        worlds.bias_args(
+            tiny_prior_folder,
+            data,
+            tmp_path,
+            *("--model.optimizer.lr=0.01", "--model.optimizer.factor=0.1"),
+            "--model.optimizer.every=3",
+        )
+    )
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+def fails(capsys: pytest.CaptureFixture, run, args: list[str]) -> str:
+    """The message of a command line that must end in an error."""
+    with pytest.raises(BaseException) as caught:
+        run(args)
+    assert not isinstance(caught.value, KeyboardInterrupt)
+    return f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_wrong_configurations_are_named(tiny_prior_folder, data, tmp_path, capsys, monkeypatch):
+    """Each before any weights are loaded."""
+
+    def to(self, device: torch.device | str) -> None:
+        pytest.fail("weights loaded")
+
+    monkeypatch.setattr(DiffusersPrior, "to", to)
+
+    def message(*more: str, loss: str = "SDS") -> str:
+        args = worlds.translator_args(tiny_prior_folder, data, tmp_path, loss, *more)
+        return fails(capsys, train_translator.main, args)
+
+    assert "model.widhts" in message("--model.widhts=[8,8]")
+    assert "NFSDX" in message(loss="NFSDX")
+    assert "'cat'" in message("--model.classes=[cat,dog]")
+    assert "distinct" in message("--model.classes=[dog,dog]")
+    assert "has no {}" in message("--model.prompt=a photo")
+    assert "time_range" in message("--model.time_range=[0.9,0.1]")
+    assert "no/such/prior" in message("--model.prior.init_args.pretrained=no/such/prior/folder")
+    assert "max_steps" in message("--trainer.max_steps=-1")
+    assert "rescaled" in message("--model.loss.init_args.guidance_scale=0")
+    assert "no shards at" in message(f"--data.train={tmp_path}/none-*.tar")
+    assert "no/corrector" in message("--model.loss.init_args.corrector=no/corrector", loss="LMC")
+    assert "image_size" in message("--data.image_size=32")
+    (tmp_path / "file").write_text("")
+    assert "run folder" in message(f"--run={tmp_path}/file/run")
+
+
+def test_the_checkpoint_of_another_network_is_refused(tiny_prior_folder, data, tmp_path, capsys):
+    args = worlds.bias_args(tiny_prior_folder, data, tmp_path)
+    train_bias.main(args)
+    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    message = fails(capsys, train_bias.main, [*args, "--model.widths=[16,16]"])
+    assert "another network" in message and "(8, 13, 3, 3)" in message and "(16, 13" in message
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_a_corrector_of_another_prior_is_refused(
+    other_prior_folder, data, corrector, tmp_path, capsys
+):
+    args = worlds.translator_args(
+        other_prior_folder,
+        data,
+        tmp_path,
+        "LMC",
+        f"--model.loss.init_args.corrector={corrector}",
+    )
+    message = fails(capsys, train_translator.main, args)
+    assert "trained on" in message and str(other_prior_folder) in message
+
+
+def test_a_nonfinite_gradient_stops_the_run(tiny_prior_folder, data, tmp_path, monkeypatch):
+    """Named by step, loss, t and sample; what it may have touched is never saved."""
+    right, calls = DiffusersPrior.predict, []
+
+    def predict(self, z_t, t, embedding):
+        eps, z_hat = right(self, z_t, t, embedding)
+        calls.append(1)
+        if len(calls) == 4:
+            eps[1] = float("nan")
+        return eps, z_hat
+
+    monkeypatch.setattr(DiffusersPrior, "predict", predict)
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path, "SDS")
+    with pytest.raises(NonFiniteGradient, match=r"step 3: .*'sds'.* t = 0\.\d+, sample \d{5}"):
+        train_translator.main([*args, "--trainer.max_steps=8"])
+    state = last(tmp_path)
+    assert state["global_step"] == 2
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, path)
+
+    def full(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"last\.ckpt.*No space left.*MB are free.*untouched"):
+        io.save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
