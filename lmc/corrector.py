@@ -24,13 +24,7 @@ def normalise(b_hat: Tensor, z_hat: Tensor, statistics: Statistics = "image") ->
 
     Returns:
         (B, C, H, W), float32 or wider. Where σ(b_hat) is 0 the result is its mean, not NaN.
-
-    Raises:
-        ValueError: unknown statistics.
     """
-    if statistics not in get_args(Statistics):
-        known = ", ".join(get_args(Statistics))
-        raise ValueError(f"unknown statistics {statistics!r}; known are {known}")
     b_hat = b_hat.to(torch.promote_types(z_hat.dtype, torch.float32))
     dims = (1, 2, 3) if statistics == "image" else (2, 3)
     mean = b_hat.mean(dims, keepdim=True)
@@ -59,6 +53,9 @@ class Corrector(nn.Module, PyTorchModelHubMixin, library_name="lmc", tags=["scor
         bounded: end in tanh; for pixel priors only, a latent has no bound.
         statistics: see `normalise`.
         prior: the identity of the prior it was trained on (`Prior.identity`), kept in its config.
+
+    Raises:
+        ValueError: unknown statistics, or see `UNet`.
     """
 
     def __init__(
@@ -71,6 +68,9 @@ class Corrector(nn.Module, PyTorchModelHubMixin, library_name="lmc", tags=["scor
         prior: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if statistics not in get_args(Statistics):
+            known = ", ".join(get_args(Statistics))
+            raise ValueError(f"unknown statistics {statistics!r}; known are {known}")
         self.unet = UNet(channels + ENCODING, channels, widths, norm, bounded)
         self.statistics: Statistics = statistics
         self.prior = dict(prior or {})

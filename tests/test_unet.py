@@ -51,7 +51,8 @@ def test_norm_sits_before_every_relu_or_nowhere(norm, count):
     layers = [m for m in unet.modules() if isinstance(m, nn.Conv2d | nn.GroupNorm | nn.ReLU)]
     kinds = [type(layer) for layer in layers]
     assert kinds.count(nn.GroupNorm) == count
-    assert all(layer.num_groups == 8 for layer in layers if isinstance(layer, nn.GroupNorm))
+    groups = [layer for layer in layers if isinstance(layer, nn.GroupNorm)]
+    assert all(layer.num_channels == 8 * layer.num_groups for layer in groups)
     for before, kind in pairwise(kinds):
         if kind is nn.ReLU:
             assert before is (nn.GroupNorm if norm == "group" else nn.Conv2d)

@@ -9,8 +9,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lmc.images import ImageBatch
-
 TIME_BINS = 5  # what is logged by t is logged for t in [0, 0.2), [0.2, 0.4), …
 
 
@@ -89,14 +87,14 @@ class TrainingModule(LightningModule):
         self.ema.multi_avg_fn = get_ema_multi_avg_fn(decay if self.ema_decay else 0.0)
         self.ema.update_parameters(self.network)
 
-    def watch(self, gradient: Tensor, t: Tensor, batch: ImageBatch, what: str) -> None:
+    def watch(self, gradient: Tensor, t: Tensor, keys: list[str], what: str) -> None:
         """Note whether `gradient` (B, …) is finite; looked at every `check_every` steps.
 
         Raises:
             NonFiniteGradient: one was not; names step, loss, t and the sample's key.
         """
         finite = torch.isfinite(gradient.detach()).flatten(1).all(1)
-        self._unchecked.append((self.global_step, finite, t, batch.key, what))
+        self._unchecked.append((self.global_step, finite, t, keys, what))
         if len(self._unchecked) >= self.check_every:
             self.check_finite()
 

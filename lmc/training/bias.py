@@ -76,7 +76,7 @@ class CorrectorTraining(TrainingModule):
         x = self.triplets(batch, self.generator())
         self.batches_done += 1
         losses = corrector_loss(self.corrector.correct(x.z, x.t, x.z_hat), x.z_hat)
-        self.watch(losses[:, None], x.t, batch, "L_k")
+        self.watch(losses[:, None], x.t, batch.key, "L_k")
         self.log("train/loss", losses.mean())
         self.log_by_time("train/loss_by_t", losses.detach(), x.t)
         return losses.mean()

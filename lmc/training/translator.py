@@ -50,6 +50,9 @@ class TranslatorTraining(TrainingModule):
         l2_weight: ramp of the L2 weight.
         optimizer: learning rate and decay.
         ema_decay: of the running average of the weights; 0 keeps none.
+        every_class: translate each image to all classes at once, with the same t and eps, in place
+            of one drawn uniformly: what tells the classes apart is then free of that noise. The
+            paper leaves the choice open. Multiplies the batch by the number of classes.
         time_range: t is uniform in it.
         seed: of classes, t and eps; follows seed_everything.
 
@@ -71,6 +74,7 @@ class TranslatorTraining(TrainingModule):
         l2_weight: Ramp = Ramp(1.0, 0.1),
         optimizer: StepDecay = StepDecay(lr=5e-5, factor=0.9, every=50_000),  # noqa: B008
         ema_decay: float = 0.999,
+        every_class: bool = False,
         time_range: tuple[float, float] = TIME_RANGE,
         seed: int = 0,
     ) -> None:
@@ -83,6 +87,7 @@ class TranslatorTraining(TrainingModule):
         )
         self.prior, self.loss, self.time_range = prior, loss, check_time_range(time_range)
         self.prompts = ["", prompt.format(source), *(prompt.format(name) for name in classes)]
+        self.every_class = every_class
         self.score_weight, self.l2_weight = score_weight, l2_weight
 
     @property
@@ -104,28 +109,40 @@ class TranslatorTraining(TrainingModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the surrogate and L2."""
-        generator, count = self.generator(), len(batch.image)
-        class_id = torch.randint(
-            len(self.translator.classes), (count,), generator=generator, device=self.device
-        )
-        output = self.network(batch.image, class_id).float()
+        generator, image, keys = self.generator(), batch.image, batch.key
+        classes = len(self.translator.classes)
+        repeats = classes if self.every_class else 1
+        image = image.repeat_interleave(repeats, 0)
+        keys = [key for key in keys for _ in range(repeats)]
+        if self.every_class:
+            class_id = torch.arange(classes, device=self.device).repeat(len(batch.image))
+        else:
+            class_id = torch.randint(
+                classes, (len(image),), generator=generator, device=self.device
+            )
+        output = self.network(image, class_id).float()
         z = self.prior.encode(resize(output, self.prior.image_size))
-        t, eps = draw_t_and_eps(z.detach(), generator, self.time_range)
+        t, eps = draw_t_and_eps(z.detach()[::repeats], generator, self.time_range)
+        t, eps = t.repeat_interleave(repeats, 0), eps.repeat_interleave(repeats, 0)
+        z_source = None
+        if self.loss.needs_source:
+            with torch.no_grad():
+                z_source = self.prior.encode(resize(image, self.prior.image_size))
         self.batches_done += 1
         zeros = torch.zeros_like(class_id)
         inputs = LossInputs(
-            z.detach(), t, eps, null=self.embedding[zeros], target=self.embedding[2 + class_id]
+            z.detach(),
+            t,
+            eps,
+            null=self.embedding[zeros],
+            target=self.embedding[2 + class_id],
+            z_source=z_source,
+            source=self.embedding[1 + zeros],
         )
-        if self.loss.needs_source:
-            with torch.no_grad():
-                z_source = self.prior.encode(resize(batch.image, self.prior.image_size))
-            inputs = LossInputs(
-                inputs.z, t, eps, inputs.null, inputs.target, z_source, self.embedding[zeros + 1]
-            )
         gradient = self.loss(self.prior, inputs)
-        self.watch(gradient.total, t, batch, self.loss.name)
+        self.watch(gradient.total, t, keys, self.loss.name)
         score = surrogate(z, gradient.total).sum() / z.numel()
-        l2 = (output - batch.image).square().mean()
+        l2 = (output - image).square().mean()
         step = self.global_step
         score_weight, l2_weight = self.score_weight(step), self.l2_weight(step)
         self.log("train/l2", l2)
