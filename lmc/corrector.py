@@ -95,9 +95,9 @@ class Corrector(nn.Module, PyTorchModelHubMixin, library_name="lmc", tags=["scor
             identity: `Prior.identity` of the prior about to be used.
 
         Raises:
-            ValueError: it is another prior (its denoiser's weights have another digest).
+            ValueError: it is another prior: other weights of the denoiser, or read otherwise.
         """
-        if self.prior.get("digest") != identity.get("digest"):
+        if any(self.prior.get(key) != identity.get(key) for key in ("digest", "prediction_type")):
             mine, other = (
                 ", ".join(f"{key} {value}" for key, value in one.items()) or "none recorded"
                 for one in (self.prior, identity)

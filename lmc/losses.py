@@ -6,7 +6,7 @@ No gradient flows through the prior or the corrector.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -158,6 +158,9 @@ class LMC(ScoreDistillation):
     Args:
         corrector: a `Corrector`, or the folder or hub id of a released one.
         guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
+
+    Raises:
+        FileNotFoundError: there is no such corrector.
     """
 
     name = "lmc"
@@ -171,23 +174,21 @@ class LMC(ScoreDistillation):
         rescale: bool = True,
     ) -> None:
         super().__init__(guidance_scale, weighting, chain_alpha, rescale)
-        self.corrector = corrector
+        # At once, small as it is: a wrong name must not be found out after the prior is loaded.
+        if isinstance(corrector, str):
+            corrector = load_corrector(corrector)
+        self.corrector = corrector.eval().requires_grad_(False)
 
     def prepare(self, prior: Prior, device: torch.device | str) -> None:
-        """Load the corrector if it was named, freeze and move it, check that `prior` is its own.
+        """Check that `prior` is the corrector's own, and move the corrector.
 
         Raises:
-            FileNotFoundError: there is no such corrector.
             ValueError: it was trained on another prior.
         """
-        if isinstance(self.corrector, str):
-            self.corrector = load_corrector(self.corrector)
         self.corrector.check_prior(prior.identity)
-        corrector = self.corrector.eval().requires_grad_(False).to(device)
-        corrector.to(memory_format=torch.channels_last)
+        self.corrector.to(device).to(memory_format=torch.channels_last)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        assert isinstance(self.corrector, Corrector), "call prepare first"
         z_t = _noisy(prior, x.z, x)
         (eps_uncond, z_hat), (eps_cond, _) = _predict(prior, x.t, (z_t, x.null), (z_t, x.target))
         return {
@@ -245,6 +246,3 @@ def _predict(
         Embedding.cat([embedding for _, embedding in queries]),
     )
     return list(zip(eps.chunk(len(queries)), z_hat.chunk(len(queries)), strict=True))
-
-
-LOSSES: Mapping[str, type[ScoreDistillation]] = {c.name: c for c in (SDS, Cond, LMC, DDS)}

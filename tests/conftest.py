@@ -17,7 +17,9 @@ def _private_world(tmp_path_factory: pytest.TempPathFactory):
 
 
 def build_prior_folder(
-    folder: Path, prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
+    folder: Path,
+    prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction",
+    seed: int = 0,
 ) -> Path:
     """Write a random 16 x 16 IFPipeline, DeepFloyd IF's format at its smallest, and return it.
 
@@ -32,7 +34,7 @@ def build_prior_folder(
     pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=77)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         text_encoder = T5EncoderModel(
             T5Config(
                 vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
@@ -77,6 +79,12 @@ def build_prior_folder(
 def tiny_prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A v-prediction pipeline folder. Shared: copy it before changing anything in it."""
     return build_prior_folder(tmp_path_factory.mktemp("prior") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def other_prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `tiny_prior_folder`, with other weights."""
+    return build_prior_folder(tmp_path_factory.mktemp("prior") / "other", seed=1)
 
 
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction"])

@@ -179,7 +179,7 @@ def test_a_batch_holds_pictures_keys_and_labels(tmp_path):
 
 
 def broken_files() -> dict[str, bytes]:
-    """Eight samples: two good ones around each kind of a broken one."""
+    """Two good samples around one of each broken kind."""
     noise = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     jpeg = worlds.png(noise, suffix="jpg")
     return {
@@ -206,9 +206,7 @@ BROKEN = {"truncated", "nojson", "nolabel", "halfjson", "listjson", "noimage"}
 @pytest.mark.parametrize("kind", sorted(BROKEN))
 def test_a_broken_sample_is_skipped_and_named(tmp_path, kind):
     files = {
-        name: data
-        for name, data in broken_files().items()
-        if name.startswith(("good", f"{kind}."))
+        name: data for name, data in broken_files().items() if name.startswith(("good", f"{kind}."))
     }
     path = write_tar(tmp_path / "a.tar", files)
     (batch,) = ImageStream(str(path), SIZE, 2, training=False)
@@ -272,7 +270,7 @@ def test_missing_shards_are_named(tmp_path):
 
 
 def damaged(kind: str, whole: bytes) -> bytes:
-    middle = whole.index(b"00-02.png")  # the header of the third sample
+    middle = whole.index(b"01-02.png")  # the header of the third sample
     return {
         "nothing": b"",
         "cut in a sample": whole[: middle + 700],
@@ -291,7 +289,7 @@ def test_a_damaged_shard_is_named_at_construction(tmp_path, kind):
     """The last one would otherwise end the shard in silence, three samples early."""
     write_shards(tmp_path, 2, 5)
     path = tmp_path / "train-00001.tar"
-    path.write_bytes(damaged(kind, path.read_bytes().replace(b"01-", b"00-")))
+    path.write_bytes(damaged(kind, path.read_bytes()))
     with pytest.raises(ValueError, match=r"train-00001\.tar"):
         ImageStream(f"{tmp_path}/train-*.tar", SIZE, 2, training=True)
 

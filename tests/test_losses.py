@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmc.corrector import Corrector
-from lmc.losses import DDS, LMC, LOSSES, SDS, Cond, LossInputs, surrogate
+from lmc.losses import DDS, LMC, SDS, Cond, LossInputs, surrogate
 from lmc.translator import Translator
 
 from gaussian import GaussianPrior, small_prior
@@ -60,7 +60,7 @@ def take(x: LossInputs, rows: list[int]) -> LossInputs:
 def make(name: str, prior: GaussianPrior, statistics: str = "image", **options):
     if name == "lmc":
         return LMC(BestFilter(prior, statistics), **options)
-    return LOSSES[name](**options)
+    return {"sds": SDS, "cond": Cond, "lmc": LMC, "dds": DDS}[name](**options)
 
 
 def fourier(image: torch.Tensor) -> np.ndarray:

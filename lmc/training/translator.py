@@ -104,8 +104,8 @@ class TranslatorTraining(TrainingModule):
         """Load the prior and the loss, and the prompts' embeddings."""
         device = self.trainer.strategy.root_device
         self.embedding = self.prior.embed(self.prompts).to(device)
-        self.prior.to(device)
         self.loss.prepare(self.prior, device)
+        self.prior.to(device)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the surrogate and L2."""

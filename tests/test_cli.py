@@ -1,0 +1,221 @@
+"""The command line, as typed: files written, tables printed, errors in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_evaluate import build_clip_folder
+from test_release import averaged, corrector_run, translator_run
+
+from lmc.cli import main
+from lmc.images import decode_image, resize, to_uint8
+from lmc.release import release
+from lmc.translator import Translator
+
+import worlds
+
+OPTIONS = {
+    "evaluate": "--translator --shards --clip --source --prompt --batch-size --num-workers "
+    "--device --out",
+    "translate": "INPUT --translator --to --out --device",
+    "release": "RUN --out --results --row --picture",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two releases, a run, shards and a CLIP."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    release(translator_run(folder / "run"), folder / "first")
+    release(translator_run(folder / "other_run"), folder / "second")
+    release(corrector_run(folder / "bias"), folder / "corrector")
+    worlds.write_world(folder / "shards")
+    build_clip_folder(folder / "clip")
+    return folder
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> tuple[Path, Path]:
+    """A wide PNG, whose middle 20 x 20 are not as its sides, and a tall greyscale JPEG."""
+    noise = torch.rand(3, 20, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise[:, :, :10] = noise[:, :, 30:] = 1
+    wide, tall = tmp_path / "wide.png", tmp_path / "tall.jpg"
+    wide.write_bytes(worlds.png(noise))
+    tall.write_bytes(worlds.png(noise.mT, mode="L", suffix="jpg"))
+    return wide, tall
+
+
+def own_output(capsys: pytest.CaptureFixture) -> list[str]:
+    """What was printed, but for a line of huggingface_hub's."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line != "Loading weights from local directory"]
+
+
+def error(capsys: pytest.CaptureFixture, *args: object) -> str:
+    """The one line that a command ends with."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    message = caught.value.code
+    assert isinstance(message, str), "exits with status 1 and a message"
+    assert message.startswith("lmc: ") and "\n" not in message
+    assert not own_output(capsys), "nothing was done before"
+    return message
+
+
+@pytest.mark.parametrize("command", list(OPTIONS))
+def test_help_names_every_option(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    words = capsys.readouterr().out
+    assert all(option in words for option in OPTIONS[command].split())
+
+
+def test_help_runs_without_torch():
+    """As installed, and `import lmc` alone waits for nothing heavy."""
+    out = subprocess.run(
+        [sys.executable, "-m", "lmc.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(command in out for command in OPTIONS)
+    check = (
+        "import sys, lmc, lmc.cli; lmc.cli.parser()\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert lmc.Translator.__name__ == 'Translator' and 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.mark.parametrize("network", ["first", "run"])
+def test_translate_writes_a_picture_a_class(world, inputs, tmp_path, capsys, network):
+    """From a release or a run; the middle square of each input, through the network itself."""
+    out = tmp_path / "deep" / "out"
+    main(["translate", *map(str, inputs), "--translator", f"{world}/{network}", "--out", str(out)])
+    names = {f"{stem}-{name}.png" for stem in ("wide", "tall") for name in ("dog", "bear")}
+    assert {path.name for path in out.iterdir()} == names
+    translator = Translator.from_pretrained(world / "first").eval()
+    for stem, crop in (("wide", (10, 0, 30, 20)), ("tall", (0, 10, 20, 30))):
+        file = next(path for path in inputs if path.stem == stem)
+        square = tmp_path / "square.png"
+        Image.open(file).convert("RGB").crop(crop).save(square)
+        source = resize(decode_image(square.read_bytes())[None], 16)
+        for i, name in enumerate(("dog", "bear")):
+            picture = Image.open(out / f"{stem}-{name}.png")
+            assert picture.size == (16, 16) and picture.mode == "RGB"
+            with torch.no_grad():
+                expected = to_uint8(translator(source, torch.tensor([i])))[0]
+            written = to_uint8(decode_image((out / f"{stem}-{name}.png").read_bytes()))
+            # Another batch size may round one value to the next byte.
+            assert (written.int() - expected.int()).abs().max() <= 1
+    assert "2/2" in capsys.readouterr().out
+
+
+def test_translate_to_one_class(world, inputs, tmp_path):
+    out = tmp_path / "out"
+    main(
+        ["translate", str(inputs[0]), "--translator", f"{world}/first", "--out", str(out)]
+        + ["--to", "bear"]
+    )
+    assert [path.name for path in out.iterdir()] == ["wide-bear.png"]
+
+
+def test_translate_says_what_is_wrong_before_any_work(world, inputs, tmp_path, capsys):
+    def message(*inputs: object, network: str = "first", more: tuple[str, ...] = ()) -> str:
+        out = tmp_path / "out"
+        line = error(
+            capsys, "translate", *inputs, "--translator", world / network, "--out", out, *more
+        )
+        assert not out.exists()
+        return line
+
+    unknown = message(inputs[0], more=("--to", "horse"))
+    assert "'horse'" in unknown and "dog, bear" in unknown
+    assert "missing.png" in message(*inputs, "missing.png")
+    assert "Corrector, not a Translator" in message(inputs[0], network="corrector")
+    assert "no config.json" in message(inputs[0], network="shards")
+
+
+def test_inputs_of_one_name_do_not_overwrite_each_other(world, inputs, tmp_path):
+    """a/wide.png and b/wide.png: both are written, or it is an error."""
+    other = tmp_path / "b" / "wide.png"
+    other.parent.mkdir()
+    other.write_bytes(inputs[1].read_bytes())
+    out = tmp_path / "out"
+    args = ["translate", str(inputs[0]), str(other), "--translator", f"{world}/first"]
+    try:
+        main([*args, "--to", "dog", "--out", str(out)])
+    except SystemExit as stopped:
+        assert "wide" in str(stopped.code)
+    else:
+        assert len(list(out.iterdir())) == 2
+
+
+def evaluate_args(world: Path, *translators: str) -> list[str]:
+    paths = [str(world / name) for name in translators]
+    return [
+        *("evaluate", "--shards", f"{world}/shards/heldout-*.tar", "--clip", f"{world}/clip"),
+        *("--batch-size", "7", "--translator", *paths),
+    ]
+
+
+def test_evaluate_writes_a_row_a_translator(world, tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    main([*evaluate_args(world, "first", "other_run"), "--out", str(out)])
+    rows = json.loads(out.read_text())
+    assert list(rows) == ["source", "first", "other_run"]
+    assert all(row["images"] == 24 for row in rows.values())
+    assert rows["source"]["distance"] == 0 < rows["first"]["distance"]
+    assert rows["first"]["distance"] != rows["other_run"]["distance"]
+    assert rows["first"].keys() == rows["source"].keys()
+    printed = own_output(capsys)
+    assert len(printed) == 5 and printed[0].startswith("| loss |")
+    for line, (name, row) in zip(printed[2:], rows.items(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == name
+        keys = ("distance", "clip_score", "r_precision", "spectrum_error")
+        # Printed with three decimals.
+        assert [float(c) for c in cells[1:]] == pytest.approx([row[k] for k in keys], abs=6e-4)
+
+
+def test_releases_of_one_name_keep_a_row_each(world, tmp_path):
+    """a/release and b/release: two rows, or an error, never one of them lost."""
+    for name in ("a", "b"):
+        release(world / "run", tmp_path / name / "release")
+    out = tmp_path / "rows.json"
+    paths = [str(tmp_path / name / "release") for name in ("a", "b")]
+    try:
+        main([*evaluate_args(world)[:-1], "--translator", *paths, "--out", str(out)])
+    except SystemExit as stopped:
+        assert "release" in str(stopped.code)
+    else:
+        assert len(json.loads(out.read_text())) == 3
+
+
+def test_evaluate_says_what_is_wrong(world, tmp_path, capsys):
+    release(translator_run(tmp_path / "run", ("lion",)), tmp_path / "lions")
+    args = evaluate_args(world, "first")
+    assert "no shards" in error(capsys, *args, "--shards", tmp_path / "none-*.tar")
+    assert "nothing" in error(capsys, *args, "--clip", tmp_path / "nothing")
+    assert "other classes" in error(capsys, *args, str(tmp_path / "lions"))
+
+
+def test_release_end_to_end(world, inputs, tmp_path, capsys):
+    results = tmp_path / "rows.json"
+    results.write_text(json.dumps({"sds": {"clip_score": 0.25}, "lmc": {"clip_score": 0.75}}))
+    out = tmp_path / "out"
+    args = ["release", str(world / "run"), "--out", str(out), "--results", str(results)]
+    main([*args, "--row", "lmc", "--picture", str(inputs[0])])
+    assert str(out) in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert "| clip_score | 0.75 |" in card and "0.25" not in card
+    assert (out / "samples.png").exists()
+    weights = Translator.from_pretrained(out).state_dict()
+    for name, value in averaged(world / "run").items():
+        assert torch.equal(weights[name], value)
+    assert "'dds'" in error(capsys, *args, "--row", "dds")
+    assert "train first" in error(capsys, "release", tmp_path / "none", "--out", out)

@@ -1,0 +1,237 @@
+"""The drawn world: its pictures, its shards, and the prior and CLIP that were trained on it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmc.evaluate import Clip, r_precision
+from lmc.images import ImageStream, heldout_names
+from lmc.priors import DiffusersPrior
+from lmc.release import load_network
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "data" / "demo"
+sys.path.insert(0, str(DEMO))
+
+import prepare
+from animals import CLASSES, caption, draw
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def one_each(seed: int, each: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    classes = torch.arange(len(CLASSES)).repeat(each)
+    return classes, seed + torch.arange(len(classes))
+
+
+def test_a_picture_depends_on_class_and_seed_alone():
+    """1e-5: a batch of another size may be summed in another order."""
+    classes, seeds = one_each(100, each=2)
+    together = draw(classes, seeds, 32)
+    backwards = draw(classes.flip(0), seeds.flip(0), 32).flip(0)
+    alone = torch.cat([draw(c[None], s[None], 32) for c, s in zip(classes, seeds, strict=True)])
+    torch.testing.assert_close(backwards, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+    other = draw(classes, seeds + 1000, 32)
+    assert (other - together).abs().mean((1, 2, 3)).min() > 0.05
+
+
+def test_pictures_are_of_the_documented_range():
+    pictures = draw(*one_each(200, each=4), 32)
+    assert pictures.dtype == torch.float32 and pictures.shape == (36, 3, 32, 32)
+    assert -1 <= pictures.min() < -0.8 and 0.8 < pictures.max() <= 1
+
+
+def test_every_size_shows_the_same_picture():
+    """64 pixels averaged to 32 differ from drawing 32 by edges and the finest grain only: an
+    RMSE of less than a third of the distance to the same animal with another seed."""
+    classes, seeds = one_each(300, each=3)
+    small, large = draw(classes, seeds, 32), draw(classes, seeds, 64)
+    averaged = torch.nn.functional.avg_pool2d(large, 2)
+
+    def rmse(other: torch.Tensor) -> torch.Tensor:
+        return (averaged - other).square().mean((1, 2, 3)).sqrt()
+
+    assert rmse(small).max() < 0.12
+    assert (rmse(small) < rmse(draw(classes, seeds + 5000, 32)) / 3).all()
+
+
+def test_drawings_have_the_spectrum_of_photographs():
+    """Power falls as f^-1.7 … f^-3 (photographs: about -2), fitted over 2 … 24 cycles with numpy's
+    own transform of the windowed pictures."""
+    import numpy as np
+
+    pictures = draw(*one_each(400, each=6), 64).double().numpy().mean(1)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(64) / 64)
+    centred = (pictures - pictures.mean((1, 2), keepdims=True)) * np.outer(hann, hann)
+    power = (np.abs(np.fft.fft2(centred)) ** 2).mean(0)
+    k = np.fft.fftfreq(64, 1 / 64)
+    radius = np.hypot(k[:, None], k).round()
+    f = np.arange(2, 25)
+    slope = np.polyfit(np.log(f), np.log([power[radius == r].mean() for r in f]), 1)[0]
+    assert -3 < slope < -1.7
+
+
+def test_prepare_writes_an_ordinary_world(tmp_path):
+    for name, classes, seed in (("animals", list(CLASSES), 10), ("cats", ["cat"], 500)):
+        out = tmp_path / name
+        prepare.prepare(out, classes, count=40, size=16, first_seed=seed)
+        read: dict[str, list[tuple[str, str]]] = {}
+        for split in ("train", "heldout"):
+            stream = ImageStream(f"{out}/{split}-*.tar", 16, 7, training=False)
+            batches = list(stream)
+            assert not any(batch.skipped for batch in batches)
+            read[split] = [x for b in batches for x in zip(b.key, b.label, strict=True)]
+        index = json.loads((out / "index.json").read_text())
+        assert (index["train"], index["heldout"]) == (38, 2) == tuple(map(len, read.values()))
+        assert index["classes"] == classes and index["size"] == 16
+        everything = dict(read["train"] + read["heldout"])
+        assert len(everything) == 40 and set(everything.values()) == set(classes)
+        assert {key for key, _ in read["heldout"]} == heldout_names(everything)
+        # A key names its class and seed: the picture can be drawn again, to a byte's rounding.
+        batch = batches[0]
+        label, number = batch.key[0].split("-")
+        again = draw(torch.tensor([CLASSES.index(label)]), torch.tensor([int(number)]), 16)
+        torch.testing.assert_close(batch.image[:1], again, rtol=0, atol=1 / 127)
+
+
+def test_preparing_fewer_leaves_no_old_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD", 10)
+    for count in (40, 20):
+        prepare.prepare(tmp_path, ["cat"], count, size=16, first_seed=0)
+    read = sum(len(b.key) for b in ImageStream(f"{tmp_path}/train-*.tar", 16, 7, training=False))
+    assert read == json.loads((tmp_path / "index.json").read_text())["train"] == 19
+
+
+@pytest.mark.parametrize(("name", "megabytes"), [("clip", 3), ("prior", 8)])
+def test_the_committed_models_are_small_and_no_pickles(name, megabytes):
+    folder = DEMO / name
+    if not folder.exists():
+        pytest.skip(f"data/demo/{name} is not there")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".model", ".txt", ".md"}
+    assert sum(path.stat().st_size for path in files) < megabytes * 1e6
+
+
+def test_the_judge_recognises_fresh_drawings():
+    """95 % of 90: it was trained on seeds of two millions and up."""
+    classes, seeds = one_each(77_000_000, each=10)
+    clip = Clip(str(DEMO / "clip"))
+    texts = clip.texts([caption(i) for i in range(len(CLASSES))])
+    hits = r_precision(clip.images(draw(classes, seeds, 64)), texts, classes)
+    assert hits.mean() >= 0.95
+
+
+# ---------------------------------------------------------------------------------------------
+# The scripts, for real
+
+
+def script(cwd: Path, *args: object) -> str:
+    """Run a Python script to its end; what it printed."""
+    result = subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    return result.stdout
+
+
+# The cosine ends at --steps, so that a run "stopped" at 3 of 6 cannot be made by --steps 3: the
+# process is ended from inside, right after its checkpoint of step 3.
+STOP = """
+import os, runpy, sys
+right = os.replace
+def replace(source, target):
+    right(source, target)
+    if str(target).endswith(".train.pt"):
+        os._exit(7)
+os.replace = replace
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def stop_and_go(tmp_path: Path, name: str, *more: str) -> tuple[Path, Path]:
+    """Train 6 steps straight, and 3 + 3 across a stop; both folders."""
+    args = [*("--steps", "6", "--pictures", "64", "--batch", "4", "--save-every", "3"), *more]
+    file = DEMO / f"{name}.py"
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    script(ROOT, file, "--out", straight, *args)
+    command = [sys.executable, "-c", STOP, str(file), "--out", str(stopped), *args]
+    assert subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode == 7
+    assert (tmp_path / "stopped.train.pt").exists()
+    assert "going on from step 3" in script(ROOT, file, "--out", stopped, *args)
+    assert not list(tmp_path.glob("*.train.pt"))
+    return straight, stopped
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    from safetensors.torch import load_file
+
+    files = [path.relative_to(one) for path in one.rglob("*.safetensors")]
+    assert files
+    for file in files:
+        mine, theirs = load_file(one / file), load_file(other / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items()), file
+
+
+@pytest.mark.slow
+def test_the_prior_s_training_goes_on_and_loads(tmp_path):
+    straight, stopped = stop_and_go(tmp_path, "train_prior")
+    assert_same_weights(straight, stopped)
+    prior = DiffusersPrior(str(stopped), cache_dir=str(tmp_path / "cache"))
+    prior.to("cpu")
+    eps, z_hat = prior.predict(
+        torch.zeros(1, 3, 32, 32), torch.tensor([0.5]), prior.embed(["a photo of a cat"])
+    )
+    assert eps.shape == z_hat.shape == (1, 3, 32, 32) and eps.isfinite().all()
+
+
+@pytest.mark.slow
+def test_the_judge_s_training_goes_on_and_loads(tmp_path):
+    straight, stopped = stop_and_go(tmp_path, "train_clip")
+    assert_same_weights(straight, stopped)
+    clip = Clip(str(stopped))
+    assert clip.images(torch.zeros(2, 3, 64, 64)).shape == (2, 64)
+    assert clip.texts(["a photo of a cat"]).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_demo_runs(tmp_path):
+    """Three steps of everything, in a copy; then once more, with nothing left to train."""
+    for name in ("lmc", "data", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ROOT.glob("train_*.py"):
+        shutil.copy(file, tmp_path)
+    args = ("data/demo/run.py", "--steps", "3", "--count", "60")
+    script(tmp_path, *args)
+    out = tmp_path / "runs" / "demo"
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) == {"seconds", "corrector", "translators"}
+    assert set(results["corrector"]) == {"loss", "identity_loss", "normalised_identity_loss"}
+    assert list(results["translators"]) == ["source", "lmc", "sds", "dds"]
+    assert all(row["images"] == 3 for row in results["translators"].values())
+    from PIL import Image
+
+    assert min(Image.open(out / "grid.png").size) > 200
+    for name in ("corrector", "lmc", "sds", "dds"):
+        network = load_network(str(out / "release" / name))
+        assert type(network).__name__ == ("Corrector" if name == "corrector" else "Translator")
+    assert "clip_score" in (out / "release" / "lmc" / "README.md").read_text()
+    script(tmp_path, *args)
+    again = json.loads((out / "results.json").read_text())
+    assert again["translators"] == results["translators"]
