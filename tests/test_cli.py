@@ -117,10 +117,8 @@ def test_translate_writes_a_picture_a_class(world, inputs, tmp_path, capsys, net
 
 def test_translate_to_one_class(world, inputs, tmp_path):
     out = tmp_path / "out"
-    main(
-        ["translate", str(inputs[0]), "--translator", f"{world}/first", "--out", str(out)]
-        + ["--to", "bear"]
-    )
+    args = ["translate", str(inputs[0]), "--translator", f"{world}/first", "--to", "bear"]
+    main([*args, "--out", str(out)])
     assert [path.name for path in out.iterdir()] == ["wide-bear.png"]
 
 

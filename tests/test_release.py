@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_translator
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_translator
 from lmc.corrector import Corrector, load_corrector
 from lmc.release import load_averaged, load_network, release
 from lmc.translator import Translator

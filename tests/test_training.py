@@ -16,8 +16,9 @@ import train_bias
 import train_translator
 from lmc import losses
 from lmc.release import load_averaged, release
-from lmc.training.base import NonFiniteGradient
+from lmc.training.base import NonFiniteGradient, StepDecay
 from lmc.training.callbacks import AtomicCheckpointIO
+from lmc.training.cli import TrainingCLI
 from lmc.training.translator import Ramp
 
 import worlds
@@ -242,3 +243,31 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         io.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("script", ["bias", "translator"])
+@pytest.mark.parametrize("which", ["demo", "paper"])
+def test_configs_build_their_training(
+    script, which, tiny_prior_folder, corrector, data, tmp_path, monkeypatch, capsys
+):
+    """Each config, with a tiny prior and tiny data in place of its own: parsed, built, not run."""
+    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
+    main = {"bias": train_bias.main, "translator": train_translator.main}[script]
+    args = [
+        "fit",
+        f"--config={ROOT}/configs/{script}/{which}.yaml",
+        f"--run={tmp_path}",
+        f"--model.prior.init_args.pretrained={tiny_prior_folder}",
+        *([f"--model.loss.init_args.corrector={corrector}"] if script == "translator" else []),
+    ]
+    model = main(args).model
+    size = sum(p.numel() for p in model.network.parameters())
+    if which == "paper":
+        assert size == {"bias": 7_849_603, "translator": 7_850_115}[script]
+        assert (
+            model.adam
+            == {
+                "bias": StepDecay(1e-4, 0.9, 100_000),
+                "translator": StepDecay(5e-5, 0.9, 50_000),
+            }[script]
+        )
