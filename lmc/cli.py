@@ -18,14 +18,17 @@ def evaluate(args: argparse.Namespace) -> None:
     from lmc.images import ImageStream
     from lmc.report import table
 
-    translators = {Path(path).name: _translator(path) for path in args.translator}
+    names = [Path(path).name for path in args.translator]
+    if len(set(names)) < len(names) or "source" in names:
+        names = args.translator
+    translators = {n: _translator(p) for n, p in zip(names, args.translator, strict=True)}
     first = next(iter(translators.values()))
     prompts = {name: args.prompt.format(name) for name in first.classes}
     clip = Clip(args.clip, args.device)
     rows: dict[str, Any] = {}
     for name, translator in [("source", None), *translators.items()]:
         if translator is not None and translator.classes != first.classes:
-            raise ValueError(f"{name} has other classes than {Path(args.translator[0]).name}")
+            raise ValueError(f"{name} has other classes than {names[0]}")
         stream = ImageStream(args.shards, first.image_size, args.batch_size, training=False)
         batches = DataLoader(stream, batch_size=None, num_workers=args.num_workers)
         if translator is not None:
@@ -53,6 +56,10 @@ def translate(args: argparse.Namespace) -> None:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"no such file: {file}")
+    stems = [file.stem for file in files]
+    if len(set(stems)) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise ValueError(f"several inputs are named {twice!r} and would overwrite each other")
     args.out.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files, 1):
         image = decode_image(file.read_bytes(), str(file))

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from lmc.unet import ENCODING, Norm, UNet, concatenate_condition, frequency_encoding
+from lmc.unet import ENCODING, HubNetwork, Norm, UNet, concatenate_condition, frequency_encoding
 
 Statistics = Literal["image", "channel"]
 
@@ -41,7 +41,7 @@ def corrector_loss(b: Tensor, z_hat: Tensor) -> Tensor:
     return (z_hat - b).square().mean((1, 2, 3))
 
 
-class Corrector(nn.Module, PyTorchModelHubMixin, library_name="lmc", tags=["score-distillation"]):
+class Corrector(nn.Module, HubNetwork, tags=["score-distillation"]):
     """b̂_ψ: predicts what the prior's one-step denoising makes of a clean image [LMC, Sec. 4].
 
     With the defaults, the paper's nine-level U-Net: 7,849,603 parameters.
@@ -114,11 +114,16 @@ def load_corrector(pretrained: str) -> Corrector:
 
     Raises:
         FileNotFoundError: it is no release folder and cannot be fetched.
+        ValueError: it is the release of something else.
     """
     try:
-        return Corrector.from_pretrained(pretrained)
-    except (OSError, ValueError) as error:
+        corrector = Corrector.from_pretrained(pretrained)
+    except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"no released corrector at {pretrained}: train one (train_bias.py) and release it "
             f"(lmc release RUN --out {pretrained})"
         ) from error
+    # A translator's weights can have the same names and shapes; it names no prior.
+    if not corrector.prior:
+        raise ValueError(f"{pretrained} names no prior: it is no corrector of train_bias.py")
+    return corrector

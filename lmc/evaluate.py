@@ -186,7 +186,7 @@ def evaluate_corrector(
     device = next(corrector.parameters()).device
     null = prior.embed([""]).to(device)
     generator, errors = torch.Generator(device).manual_seed(seed), CorrectorErrors().to(device)
-    for batch in batches:
+    for batch in filter(_has_images, batches):
         z = prior.encode(resize(batch.image.to(device), prior.image_size))
         t, eps = draw_t_and_eps(z, generator, TIME_RANGE)
         x = sample_triplets(prior, z, t, eps, null.expand(len(z)))
@@ -229,7 +229,7 @@ def evaluate_translator(
     def add(name: str, values: Tensor) -> None:
         sums[name] = sums.get(name, torch.zeros(())) + values.sum().cpu()
 
-    for batch in batches:
+    for batch in filter(_has_images, batches):
         source = batch.image.to(device)
         images += len(source)
         source_spectrum = source_spectrum + power_spectrum(source).sum(0).cpu()
@@ -260,3 +260,8 @@ def evaluate_translator(
         "r_precision_by_class": {n: (sums[f"r_precision/{n}"] / images).item() for n in prompts},
         "images": images,
     }
+
+
+def _has_images(batch: ImageBatch) -> bool:
+    """False of the last batch of a pass, where only broken samples were left for it."""
+    return len(batch.image) > 0

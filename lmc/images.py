@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
+CHECKED_FIRST = 100  # shards whose every header is read before anything starts
 ROUND = 8  # shards that a training stream shuffles together and a resumed run may have to re-read
 
 
@@ -55,7 +57,8 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: a pattern names nothing, or a file is missing.
-        ValueError: a file is empty or cut off: a tar ends in 1,024 zero bytes.
+        ValueError: one of the first hundred is empty, cut off or damaged (the others are looked at
+            when they are opened).
     """
     found: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
@@ -67,25 +70,47 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
             if not files or not Path(files[0]).exists():
                 raise FileNotFoundError(f"no shards at {url}: prepare the data first (see data/)")
             found += files
-    for url in found:
-        if url.endswith(".tar") and os.path.exists(url):
-            with open(url, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - 1024, 0))
-                if size <= 1024 or file.read().strip(b"\0"):
-                    raise ValueError(f"{url} is empty, cut off or no tar: prepare it again")
+    for url in found[:CHECKED_FIRST]:
+        check_shard(url)
     return found
 
 
+def check_shard(url: str) -> None:
+    """Walk the headers of a local, uncompressed tar: reading one with a damage just ends early.
+
+    Raises:
+        ValueError: it holds nothing, is cut off, or has a broken header.
+    """
+    if not url.endswith(".tar") or not Path(url).exists():
+        return
+    members = 0
+    with open(url, "rb") as file:
+        while (header := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+            try:
+                size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+            except tarfile.HeaderError as error:
+                raise ValueError(
+                    f"{url} is damaged after {members} files ({error}): prepare it again"
+                ) from error
+            file.seek(-(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, os.SEEK_CUR)
+            members += 1
+    if not members or len(header) < tarfile.BLOCKSIZE:
+        raise ValueError(f"{url} is empty or cut off after {members} files: prepare it again")
+
+
 def decode_image(data: bytes, where: str = "image") -> Tensor:
-    """An encoded image as float32 (3, H, W) in [-1, 1]; grey, palette and RGBA become RGB.
+    """An encoded image as float32 (3, H, W) in [-1, 1], upright; any mode becomes RGB.
 
     Raises:
         ValueError: the data is no whole image; `where` is named.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8
+                grey = np.asarray(upright).astype(np.float32) / 65535 * 2 - 1
+                return torch.from_numpy(grey).expand(3, -1, -1).clone()
+            pixels = np.asarray(upright.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
@@ -152,15 +177,22 @@ class ImageStream(IterableDataset):
         self.batches_read, self.positions = batches_read, dict(positions)
 
     def check(self) -> None:
-        """Read one sample.
+        """Read samples until one is whole.
 
         Raises:
             ValueError: there is none, or it is not what `image_size` says.
         """
-        for sample in self._samples(self.urls):
-            self._decode(sample)
-            return
-        raise ValueError(f"{self.urls[0]} holds no samples (an image KEY.png and KEY.json each)")
+        broken = "there is none"
+        for sample in self._samples(self.urls[:ROUND]):
+            try:
+                self._decode(sample)
+                return
+            except BrokenSample as error:
+                broken = str(error)
+        raise ValueError(
+            f"{self.urls[0]} and its neighbours hold no sample that can be read "
+            f"(KEY.png and KEY.json each): {broken}"
+        )
 
     def __iter__(self) -> Iterator[ImageBatch]:
         info = get_worker_info()
@@ -222,14 +254,17 @@ class ImageStream(IterableDataset):
 
     def _samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Raw samples of some shards, in order."""
-        return iter(wds.DataPipeline(wds.SimpleShardList(list(urls)), wds.tarfile_to_samples()))
+        for url in urls:
+            if len(self.urls) > CHECKED_FIRST:
+                check_shard(url)
+            yield from wds.DataPipeline(wds.SimpleShardList([url]), wds.tarfile_to_samples())
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, str, str]:
         key, url = sample["__key__"], sample["__url__"]
         where = f"{key} in {url}"
         try:
             label = json.loads(sample["json"])["label"]
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise BrokenSample(f"{where}: no KEY.json with a label ({error!r})") from error
         data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
         if data is None:

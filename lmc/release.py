@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -34,8 +35,11 @@ def load_averaged(checkpoint: Path) -> tuple[Network, int]:
     file = checkpoint / "checkpoints" / "last.ckpt" if checkpoint.is_dir() else checkpoint
     if not file.exists():
         raise FileNotFoundError(f"no checkpoint at {file}: train first")
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    about = state.get("network")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is no checkpoint that can be read: {error}") from error
+    about = state.get("network") if isinstance(state, dict) else None
     if about is None or about["class"] not in KINDS:
         raise ValueError(f"{file} is no checkpoint of train_bias.py or train_translator.py")
     network = KINDS[about["class"]](**about["config"])
@@ -75,13 +79,16 @@ def release(
 
     Args:
         checkpoint: a run folder or its last.ckpt.
-        out: folder to write; an older release in it is replaced.
+        out: folder to write; a release that is there is replaced.
         results: what was measured of it, for the card: names and numbers.
         picture: a PNG to show on the card.
 
     Raises:
         FileNotFoundError, ValueError: see `load_averaged`.
+        ValueError: `out` is there and is something else than a release.
     """
+    if out.exists() and not is_release(out):
+        raise ValueError(f"{out} is there and is no release: name another folder, or empty it")
     network, step = load_averaged(checkpoint)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -92,6 +99,12 @@ def release(
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, out)
+
+
+def is_release(folder: Path) -> bool:
+    """Whether a folder may be replaced by a release: it is one, or it is empty."""
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else {"a file"}
+    return names <= {"config.json", "model.safetensors", "README.md", "samples.png"}
 
 
 def card(network: Network, step: int, results: Mapping[str, Any] | None, picture: bool) -> str:

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from lmc.unet import ENCODING, Norm, UNet, concatenate_condition, frequency_encoding
+from lmc.unet import ENCODING, HubNetwork, Norm, UNet, concatenate_condition, frequency_encoding
 
 
-class Translator(nn.Module, PyTorchModelHubMixin, library_name="lmc", tags=["image-to-image"]):
+class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
     """Image and target class to image, the class id encoded onto every pixel [LMC, Sec. 5.2].
 
     With the default widths, the paper's eleven-level U-Net: 7,850,115 parameters.

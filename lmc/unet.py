@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +32,17 @@ def concatenate_condition(image: Tensor, condition: Tensor) -> Tensor:
     """Append `condition` (B, D) to every pixel of `image` (B, C, H, W): (B, C + D, H, W)."""
     planes = condition.to(image.dtype)[:, :, None, None].expand(-1, -1, *image.shape[2:])
     return torch.cat([image, planes], dim=1)
+
+
+class HubNetwork(PyTorchModelHubMixin, library_name="lmc"):
+    """from_pretrained, save_pretrained and push_to_hub, refusing weights that do not fit."""
+
+    @classmethod
+    def _from_pretrained(cls, **kwargs: Any) -> Any:
+        try:
+            return super()._from_pretrained(**{**kwargs, "strict": True})
+        except RuntimeError as error:
+            raise ValueError(f"{kwargs['model_id']} is no {cls.__name__}: {error}") from error
 
 
 class UNet(nn.Module):

@@ -47,6 +47,8 @@ def samples(names: list[str], class_ids: torch.Tensor, seeds: torch.Tensor, size
 def prepare(out: Path, classes: list[str], count: int, size: int, first_seed: int) -> None:
     """Write `count` pictures of `classes`, evenly, as the shards of one folder."""
     start = time.time()
+    for old in out.glob("*.tar"):  # of a larger set: a reader would take them for this one's
+        old.unlink()
     class_ids = torch.tensor([CLASSES.index(classes[i % len(classes)]) for i in range(count)])
     seeds = first_seed + torch.arange(count)
     names = [f"{CLASSES[c]}-{s}" for c, s in zip(class_ids.tolist(), seeds.tolist(), strict=True)]
