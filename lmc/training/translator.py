@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,17 @@ class TranslatorTraining(TrainingModule):
         self.prior.embed(self.prompts)
 
     def setup(self, stage: str) -> None:
-        """Load the prior and the loss, and the prompts' embeddings."""
+        """Load the prior and the loss, and the prompts' embeddings.
+
+        Raises:
+            ValueError: model.image_size is not data.image_size; or see the loss's `prepare`.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is not None and data.image_size != self.translator.image_size:
+            raise ValueError(
+                f"model.image_size {self.translator.image_size} and data.image_size "
+                f"{data.image_size} differ: set both to the side of the shards' images"
+            )
         device = self.trainer.strategy.root_device
         self.embedding = self.prior.embed(self.prompts).to(device)
         self.loss.prepare(self.prior, device)
@@ -158,22 +169,22 @@ class TranslatorTraining(TrainingModule):
     def on_validation_epoch_start(self) -> None:
         """Start the held-out figures afresh."""
         self.l2_sum = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.spectra: list[Tensor] = [torch.zeros((), device=self.device)] * 2
+        # Of the source images and of the outputs; whole from the start, for a process that gets
+        # no held-out image.
+        rings = self.translator.image_size // 2
+        self.spectra = torch.zeros(2, rings, device=self.device)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Held-out images to every class, by the averaged weights."""
         source = batch.image
         if not len(source):
             return
-        count = len(self.translator.classes)
-        outputs = [
-            self.averaged(source, torch.full_like(source[:, 0, 0, 0], i)) for i in range(count)
-        ]
-        both = (torch.stack(outputs).float() - source).square().mean(), torch.ones(())
-        self.l2_sum += torch.stack([len(source) * v.to(source.device) for v in both]).double()
-        self.spectra[0] = self.spectra[0] + power_spectrum(source).sum(0)
-        outs = torch.stack([power_spectrum(output.float()).sum(0) for output in outputs]).mean(0)
-        self.spectra[1] = self.spectra[1] + outs
+        ids = torch.arange(len(self.translator.classes), device=self.device)
+        outputs = torch.stack([self.averaged(source, i.expand(len(source))) for i in ids]).float()
+        l2 = (outputs - source).square().mean((0, 2, 3, 4)).sum().double()
+        self.l2_sum += torch.stack([l2, torch.tensor(float(len(source))).to(l2)])
+        self.spectra[0] += power_spectrum(source).sum(0)
+        self.spectra[1] += power_spectrum(outputs.flatten(0, 1)).sum(0) / len(ids)
         writer = tensorboard(self)
         if batch_idx == 0 and writer is not None:
             rows = [part[:8] for part in (source, *outputs)]
@@ -181,9 +192,8 @@ class TranslatorTraining(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log L2 to the source and the spectrum error, over all processes."""
-        self.trainer.strategy.reduce(self.l2_sum, reduce_op="sum")
-        spectra = [self.trainer.strategy.reduce(s, reduce_op="sum") for s in self.spectra]
-        self.log("heldout/l2", (self.l2_sum[0] / self.l2_sum[1]).float(), rank_zero_only=True)
-        self.log(
-            "heldout/spectrum_error", spectrum_error(spectra[1], spectra[0]), rank_zero_only=True
-        )
+        strategy = self.trainer.strategy
+        l2, count = strategy.reduce(self.l2_sum, reduce_op="sum")
+        source, output = strategy.reduce(self.spectra, reduce_op="sum")
+        self.log("heldout/l2", (l2 / count).float(), rank_zero_only=True)
+        self.log("heldout/spectrum_error", spectrum_error(output, source), rank_zero_only=True)
