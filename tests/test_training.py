@@ -99,6 +99,26 @@ def test_every_loss_trains_a_translator(tiny_prior_folder, data, corrector, tmp_
     assert events.Tags()["images"]
 
 
+def test_every_class_gives_each_image_to_all_with_one_noise(
+    tiny_prior_folder, data, tmp_path, monkeypatch
+):
+    right, seen = losses.SDS.terms, []
+
+    def terms(self, prior, x):
+        seen.append(x)
+        return right(self, prior, x)
+
+    monkeypatch.setattr(losses.SDS, "terms", terms)
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path, "SDS")
+    train_translator.main([*args, "--model.every_class=true", "--trainer.max_steps=1"])
+    x = seen[0]
+    assert len(x.z) == 4 * 2  # a batch of four, two classes
+    assert torch.equal(x.t[0::2], x.t[1::2]) and torch.equal(x.eps[0::2], x.eps[1::2])
+    assert len(x.t.unique()) == 4
+    text = x.target.tensors["encoder_hidden_states"]
+    assert torch.equal(text[0], text[2]) and not torch.equal(text[0], text[1])
+
+
 def test_stage_one_logs_losses_pictures_and_spectra(tiny_prior_folder, data, tmp_path):
     train_bias.main(worlds.bias_args(tiny_prior_folder, data, tmp_path))
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()

@@ -93,7 +93,9 @@ class Trainings:
             return
         left = (time.monotonic() - self.start) * (work - done) / done
         parts = "  ".join(f"{name} {at}/{total}" for name, (at, total) in steps.items())
-        print(f"{parts}  about {left / 60:.1f} min left, then 1/2 for evaluation", flush=True)
+        print(
+            f"{parts}  about {left / 60:.1f} min of training left, then the evaluation", flush=True
+        )
 
 
 def call(*command: str) -> None:
