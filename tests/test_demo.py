@@ -101,6 +101,27 @@ def test_prepare_writes_an_ordinary_world(tmp_path):
         torch.testing.assert_close(batch.image[:1], again, rtol=0, atol=1 / 127)
 
 
+def test_coloured_light_is_a_cast_of_colour_on_most_pictures():
+    """A lit picture is a positive affine map of each channel, one contrast for all: undone by numpy's
+    least squares where nothing was clipped."""
+    import numpy as np
+
+    classes, seeds = one_each(600, each=4)
+    images = draw(classes, seeds, 16) * 0.2  # clipped nowhere
+    lit = prepare.coloured_light(images, seeds)
+    torch.testing.assert_close(lit[5:6], prepare.coloured_light(images[5:6], seeds[5:6]))
+    changed = (lit != images).flatten(1).any(1)
+    assert 0.5 < changed.float().mean() < 0.95
+    shifts = []
+    for image, other in zip(images[changed].numpy(), lit[changed].numpy(), strict=True):
+        fits = [np.polyfit(x.ravel(), y.ravel(), 1) for x, y in zip(image, other, strict=True)]
+        gain, shift = np.array(fits).T
+        assert np.ptp(gain) < 1e-4 and 0.6 <= gain[0] <= 1.4 and np.abs(shift).max() <= 0.6
+        shifts.append(np.ptp(shift))
+    assert np.mean(shifts) > 0.3
+    assert prepare.coloured_light(draw(classes, seeds, 16), seeds).abs().max() <= 1
+
+
 def test_preparing_fewer_leaves_no_old_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD", 10)
     for count in (40, 20):
