@@ -18,9 +18,9 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         image_size: the side in pixels it was trained at; kept in its config for whoever loads it.
         widths: filters per level; the last is the middle level.
         norm: see `UNet`.
-        blend: the network also predicts a mask m in (0, 1), and the output is
-            m · edit + (1 − m) · image [Pumarola et al., GANimation, Eq. 1]. Not in the paper: what is
-            not edited keeps its detail from the first step on, which a short training needs.
+        residual: the U-Net gives the difference to the image, and starts at zero; the sum is
+            clipped to [-1, 1]. Not in the paper: what is not edited keeps its detail from the first
+            step on, which a short training needs.
 
     Raises:
         ValueError: no classes, or a class named twice.
@@ -32,18 +32,18 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         image_size: int = 256,
         widths: Sequence[int] = (32, 64, 128, 256, 256, 256),
         norm: Norm = "none",
-        blend: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if not classes or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be distinct names, got {list(classes)}")
         self.classes = list(classes)
         self.image_size = image_size
-        self.unet = UNet(3 + ENCODING, 4 if blend else 3, widths, norm, bounded=not blend)
-        self.blend = blend
-        if blend:  # nearly the identity at first: no edit but a mask of 0.12
+        self.unet = UNet(3 + ENCODING, 3, widths, norm, bounded=not residual)
+        self.residual = residual
+        if residual:
             nn.init.zeros_(self.unet.last.weight)
-            self.unet.last.bias = nn.Parameter(torch.tensor([0.0, 0.0, 0.0, -2.0]))
+            nn.init.zeros_(self.unet.last.bias)
 
     def class_ids(self, names: Sequence[str]) -> Tensor:
         """The ids of target classes by name, int64 (len(names),).
@@ -68,7 +68,4 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         """
         encoding = frequency_encoding(class_id.to(torch.float32) / len(self.classes))
         output = self.unet(concatenate_condition(image, encoding))
-        if not self.blend:
-            return output
-        mask = output[:, 3:].sigmoid()
-        return mask * output[:, :3].tanh() + (1 - mask) * image
+        return (image + output).clamp(-1, 1) if self.residual else output

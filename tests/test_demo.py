@@ -102,7 +102,7 @@ def test_prepare_writes_an_ordinary_world(tmp_path):
 
 
 def test_coloured_light_is_a_cast_of_colour_on_most_pictures():
-    """A lit picture is a positive affine map of each channel, one contrast for all: undone by numpy's
+    """A lit picture is an affine map of each channel, one contrast for all: found again by numpy's
     least squares where nothing was clipped."""
     import numpy as np
 

@@ -1,9 +1,9 @@
 """Draw the demo world into webdataset shards: all nine animals for stage one, cats for stage two.
 
 Three in four of stage one's pictures are seen under coloured light of any exposure. The corrector
-must be right wherever a translator may go, off the prior's manifold as well: OpenImages is that much
-wider than photographs of cats. Without it, b reacts too little to a cast of colour, b - z_hat then
-strengthens that cast, and translators drift towards violet.
+must be right wherever a translator may go, off the prior's manifold as well: OpenImages is that
+much wider than photographs of cats. Without it, b reacts too little to a cast of colour, b - z_hat
+then strengthens that cast, and translators drift towards violet.
 
     python data/demo/prepare.py --out runs/demo/data
 

@@ -47,8 +47,7 @@ class TranslatorTraining(TrainingModule):
         image_size: of the translator's images; they are resized to the prior's for the loss.
         widths: filters per level of the U-Net; the last is the middle level.
         norm: 'none' as in the paper, or 'group'.
-        blend: mix the output with the source by a predicted mask, see `Translator`; false in the
-            paper.
+        residual: learn the difference to the source, see `Translator`; false in the paper.
         score_weight: ramp of the loss's weight.
         l2_weight: ramp of the L2 weight.
         optimizer: learning rate and decay.
@@ -73,7 +72,7 @@ class TranslatorTraining(TrainingModule):
         image_size: int = 256,
         widths: Sequence[int] = (32, 64, 128, 256, 256, 256),
         norm: Norm = "none",
-        blend: bool = False,
+        residual: bool = False,
         score_weight: Ramp = Ramp(0.1, 1.0),
         l2_weight: Ramp = Ramp(1.0, 0.1),
         optimizer: StepDecay = StepDecay(lr=5e-5, factor=0.9, every=50_000),  # noqa: B008
@@ -87,7 +86,7 @@ class TranslatorTraining(TrainingModule):
         if source in classes:
             raise ValueError(f"the source class {source!r} is among the targets {list(classes)}")
         super().__init__(
-            Translator(list(classes), image_size, list(widths), norm, blend),
+            Translator(list(classes), image_size, list(widths), norm, residual),
             optimizer,
             ema_decay,
             seed,
