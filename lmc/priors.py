@@ -125,6 +125,7 @@ FAMILIES = {
     "DDPMPipeline": Family("unet", 0, latent=False),
     "DiTPipeline": Family("transformer", 0, latent=True),
 }
+VARIANTS = ("*fp16*", "*non_ema*")  # other forms of the same weights, beside them on the hub
 
 
 class DiffusersPrior:
@@ -313,8 +314,8 @@ class DiffusersPrior:
 
         Returns:
             On the CPU, a row a prompt: encoder_hidden_states, float32 (N, tokens, width), and
-            where the pipeline has a pooled embedding that too, (N, width); or class_labels,
-            int64 (N,).
+            where the pipeline has a pooled embedding that too, (N, width), and for SDXL time_ids
+            (N, 6); or class_labels, int64 (N,).
 
         Raises:
             FileNotFoundError: a text encoder is needed, and missing.
@@ -325,15 +326,21 @@ class DiffusersPrior:
         files = [self._cache_file(prompt) for prompt in prompts]
         missing = {p: f for p, f in zip(prompts, files, strict=True) if not f.exists()}
         if missing:
-            rows = self._encode_text(list(missing))
+            encoded = self._encode_text(list(missing))
             gc.collect()  # a T5-XXL is 19 GB: gone before the denoiser needs the room
-            for row, file in zip(rows, missing.values(), strict=True):
+            for row, file in zip(encoded, missing.values(), strict=True):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 partial = file.with_suffix(f".{os.getpid()}.partial")
                 save_file(row, partial)
                 os.replace(partial, file)
         loaded = [load_file(file) for file in files]
-        return Embedding({n: torch.stack([row[n] for row in loaded]) for n in loaded[0]})
+        rows = {name: torch.stack([row[name] for row in loaded]) for name in loaded[0]}
+        if "text_embeds" in rows:
+            # SDXL is told the picture's size before cropping, the crop's corner, and the target's
+            # size: here an uncropped picture of just this size [SDXL, Sec. 2.2].
+            sizes = [self.image_size] * 2
+            rows["time_ids"] = torch.tensor([*sizes, 0, 0, *sizes]).float().repeat(len(prompts), 1)
+        return Embedding(rows)
 
     @torch.no_grad()
     def predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
@@ -368,11 +375,8 @@ class DiffusersPrior:
             name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in embedding.tensors.items()
         }
-        if "text_embeds" in given:
-            # SDXL: as an uncropped picture of just this size [SDXL, Sec. 2.2].
-            pooled, size = given.pop("text_embeds"), self.image_size
-            time_ids = pooled.new_tensor([size, size, 0, 0, size, size]).expand(len(pooled), 6)
-            given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
+        if "text_embeds" in given:  # SDXL's U-Net has no arguments for these
+            given["added_cond_kwargs"] = {n: given.pop(n) for n in ("text_embeds", "time_ids")}
         return given
 
     @torch.no_grad()
@@ -562,7 +566,7 @@ class DiffusersPrior:
                 self.pretrained,
                 revision=self._commit or self.revision,
                 allow_patterns=list(patterns),
-                ignore_patterns=["*fp16*", "*non_ema*"],  # other forms of the same weights
+                ignore_patterns=list(VARIANTS),
             )
         except GatedRepoError as error:
             raise PermissionError(
@@ -588,12 +592,15 @@ class DiffusersPrior:
             return FileNotFoundError(
                 f"{self.pretrained} has no {files}: not a whole diffusers folder"
             )
-        revision = f" --revision {self.revision}" if self.revision else ""
-        include = " ".join(f"--include '{pattern}'" for pattern in patterns)
+        wanted = ["*.json", "*/*.safetensors", "tokenizer*/*"]
+        options = [f"--include '{pattern}'" for pattern in wanted]
+        options += [f"--exclude '{pattern}'" for pattern in VARIANTS]
+        if self.revision:
+            options.insert(0, f"--revision {self.revision}")
         return FileNotFoundError(
             f"{self.pretrained}: {files} not downloaded, and the hub cannot be reached "
-            f"(no network, or HF_HUB_OFFLINE is set) or does not have it. With network:\n"
-            f"  hf download {self.pretrained}{revision} {include}"
+            "(no network, or HF_HUB_OFFLINE is set) or does not have it. Where there is network:\n"
+            f"  hf download {self.pretrained} {' '.join(options)}"
         )
 
     def _json(self, name: str) -> dict[str, Any]:

@@ -204,9 +204,10 @@ def test_embeddings_are_those_of_the_pipelines_encode_prompt(family_folder, name
         )
     rows = DiffusersPrior(str(family_folder(name))).embed([*prompts, ""]).tensors
     pooled = {"sdxl": "text_embeds", "sd35": "pooled_projections"}.get(name)
-    assert list(rows) == ["encoder_hidden_states", *([pooled] if pooled else [])]
+    names = ["encoder_hidden_states", *([pooled] if pooled else [])]
+    assert set(rows) == {*names, *(["time_ids"] if name == "sdxl" else [])}
     for given, (wanted, negative) in zip(
-        rows.values(), zip(found[::2], found[1::2], strict=True), strict=True
+        map(rows.get, names), zip(found[::2], found[1::2], strict=True), strict=True
     ):
         assert given.dtype == torch.float32 and not given.requires_grad
         torch.testing.assert_close(given, torch.cat([wanted, negative[:1]]), rtol=1e-5, atol=1e-5)
@@ -214,13 +215,15 @@ def test_embeddings_are_those_of_the_pipelines_encode_prompt(family_folder, name
 
 
 def test_sdxls_empty_prompt_is_zeros_only_where_its_index_says_so(family_folder, tmp_path):
-    zeros = DiffusersPrior(str(family_folder("sdxl"))).embed([""]).tensors
-    assert not any(value.any() for value in zeros.values())
+    def hidden_and_pooled(folder):
+        rows = DiffusersPrior(str(folder)).embed([""]).tensors
+        return rows["encoder_hidden_states"], rows["text_embeds"]
+
+    assert not any(value.any() for value in hidden_and_pooled(family_folder("sdxl")))
     folder = copy(family_folder("sdxl"), tmp_path)
-    DiffusersPrior(str(folder)).embed([""])
+    hidden_and_pooled(folder)
     edit(folder / "model_index.json", force_zeros_for_empty_prompt=False)
-    encoded = DiffusersPrior(str(folder)).embed([""]).tensors
-    assert all(value.any() for value in encoded.values())
+    assert all(value.any() for value in hidden_and_pooled(folder))
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
@@ -543,13 +546,17 @@ def test_offline_a_hub_id_is_what_was_downloaded(family_folder, hub_cache):
 def test_offline_what_was_not_downloaded_is_named_with_the_command(hub_cache):
     with pytest.raises(FileNotFoundError) as caught:
         DiffusersPrior("some/other", revision="v2")
-    command = "hf download some/other --revision v2 --include 'model_index.json' --include"
-    assert command in str(caught.value) and "HF_HUB_OFFLINE" in str(caught.value)
+    command = (
+        "hf download {} --include '*.json' --include '*/*.safetensors' --include 'tokenizer*/*'"
+    )
+    assert command.format("some/other --revision v2") in str(caught.value)
+    assert "HF_HUB_OFFLINE" in str(caught.value)
     for file in weight_files(hub_cache / "vae"):
         file.unlink()
     prior = DiffusersPrior("some/prior")
-    with pytest.raises(FileNotFoundError, match=r"hf download some/prior .*'vae/\*\.safetensors'"):
+    with pytest.raises(FileNotFoundError, match=r"vae/\*\.safetensors not downloaded") as caught:
         prior.to("cpu")
+    assert command.format("some/prior") in str(caught.value)
 
 
 def test_all_parts_are_fetched_from_one_commit_and_no_more_than_is_needed(hub_cache, monkeypatch):
