@@ -6,6 +6,7 @@ The only file that imports diffusers. It knows no loss, and guidance stays outsi
 import contextlib
 import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -319,6 +320,7 @@ class DiffusersPrior:
 
         Raises:
             FileNotFoundError: a text encoder is needed, and missing.
+            ImportError: its tokenizer needs sentencepiece, which is not installed.
             ValueError: an unknown class.
         """
         if not self.family.text_encoders:
@@ -387,6 +389,15 @@ class DiffusersPrior:
         encoders = [part for part in self.family.text_parts if part.startswith("text_encoder")]
         tokenizers = [part for part in self.family.text_parts if part.startswith("tokenizer")]
         self._fetch(*(f"{part}/*" for part in tokenizers))
+        installed = importlib.util.find_spec("sentencepiece") is not None
+        for part in tokenizers:
+            files = {file.name for file in (self.folder / part).iterdir()}
+            # DeepFloyd IF's tokenizer is published in this form alone.
+            if "spiece.model" in files and "tokenizer.json" not in files and not installed:
+                raise ImportError(
+                    f"{self.pretrained}/{part} is in SentencePiece's format: "
+                    "pip install sentencepiece protobuf"
+                )
         self._fetch_weights(*encoders)
         parts = {
             part: self._class(part).from_pretrained(self.folder, subfolder=part)

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -465,6 +466,14 @@ def test_the_second_text_encoder_is_missed_by_name(family_folder, tmp_path):
     prior = loaded(folder, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match=r"text_encoder_2/\*\.safetensors"):
         prior.embed(["a cat"])
+
+
+def test_a_tokenizer_that_needs_sentencepiece_says_so(family_folder, tmp_path, monkeypatch):
+    folder = copy(family_folder("if"), tmp_path)
+    (folder / "tokenizer" / "tokenizer.json").rename(folder / "tokenizer" / "spiece.model")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match=r"prior/tokenizer .*pip install sentencepiece"):
+        DiffusersPrior(str(folder)).embed(["a cat"])
 
 
 def test_old_weights_without_safetensors_do(family_folder, tmp_path):
