@@ -44,6 +44,43 @@ class Schedule:
         dtype = dtype or t.dtype
         return alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
 
+    def to(self, device: torch.device | str) -> "Schedule":
+        """The same on `device`."""
+        return Schedule(self.alphas_cumprod.to(device))
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """The straight path of flow matching, z_t = (1 − t) z + t eps: a time *is* the noise's sigma.
+
+    A pipeline's `shift` moves only the sigmas that its sampler stops at, towards the noisy end; the
+    network knows sigmas. It therefore plays no part here: t = 0.5 is half noise whatever the shift.
+
+    Attributes:
+        steps: what the denoiser calls sigma = 1 (diffusers' num_train_timesteps).
+    """
+
+    steps: int = 1000
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the denoiser is asked at: t · steps, not rounded; (B,), of t's dtype."""
+        return t * self.steps
+
+    def coefficients(self, t: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t) = (1 − t, t), each (B, 1, 1, 1).
+
+        Args:
+            t: times in (0, 1), float (B,).
+            dtype: of the result; that of `t` when None.
+        """
+        sigma_t = t.double().view(-1, 1, 1, 1)
+        dtype = dtype or t.dtype
+        return (1 - sigma_t).to(dtype), sigma_t.to(dtype)
+
+    def to(self, device: torch.device | str) -> "FlowSchedule":
+        """The same: there is nothing to move."""
+        return self
+
 
 def add_noise(z: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     """z_t = alpha_t z + sigma_t eps."""

@@ -1,10 +1,14 @@
 """Shared by all tests: one thread, a private embedding cache, and a tiny pipeline folder."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+
+import families
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,3 +97,18 @@ def any_prior_folder(
 ) -> Path:
     """The same for either prediction type."""
     return build_prior_folder(tmp_path_factory.mktemp("prior") / request.param, request.param)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Pipeline folders by the name of their family, see families.BUILDERS; 'if' is DeepFloyd's.
+
+    Shared: copy one before changing anything in it.
+    """
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        build = build_prior_folder if name == "if" else functools.partial(families.build, name)
+        return build(tmp_path_factory.mktemp("family") / name)
+
+    return folder

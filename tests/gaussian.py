@@ -45,7 +45,7 @@ class GaussianPrior:
     def __init__(self, means: Mapping[str, Tensor], spectrum: Tensor) -> None:
         self.means, self.spectrum = dict(means), spectrum
         self.channels, self.image_size, _ = self.means[""].shape
-        self.schedule = Schedule(cosine_alphas_cumprod())
+        self.latent, self.schedule = False, Schedule(cosine_alphas_cumprod())
         self.identity: dict[str, Any] = {"pretrained": "gaussian", "digest": "gaussian-0"}
         self.evaluations = self.calls = 0
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from lmc.schedule import (
+    FlowSchedule,
     PredictionType,
     Schedule,
     add_noise,
@@ -166,3 +167,26 @@ def test_guidance_extrapolates_from_uncond_through_cond():
     torch.testing.assert_close(guide(uncond, cond, 0), uncond, rtol=0, atol=0)
     torch.testing.assert_close(guide(uncond, cond, 1), cond, rtol=0, atol=1e-15)
     torch.testing.assert_close(guide(uncond, cond, 2), 2 * cond - uncond, rtol=0, atol=1e-14)
+
+
+def test_a_flow_schedules_time_is_its_sigma():
+    """Continuous: nothing is rounded to a grid; and alpha_t near t = 1 keeps its digits."""
+    schedule = FlowSchedule(steps=500)
+    t = torch.tensor([0.0203, 0.5, 1 - 2**-20])
+    assert torch.equal(schedule.timestep(t), t * 500)
+    alpha_t, sigma_t = schedule.coefficients(t)
+    assert alpha_t.shape == sigma_t.shape == (3, 1, 1, 1) and alpha_t.dtype == torch.float32
+    assert torch.equal(sigma_t.flatten(), t) and alpha_t.flatten()[2].item() == 2**-20
+    alpha_t, sigma_t = schedule.coefficients(t.double(), torch.float64)
+    assert alpha_t.dtype == torch.float64 and torch.equal(
+        alpha_t + sigma_t, torch.ones(3, 1, 1, 1).double()
+    )
+    # The straight path between z and eps, as the flow's training has it: v = d z_t / d t.
+    z, eps = torch.randn(3, 2, 4, 4).double(), torch.randn(3, 2, 4, 4).double()
+    z_t = add_noise(z, eps, alpha_t, sigma_t)
+    step = 1e-3
+    later = add_noise(z, eps, *schedule.coefficients(t.double() + step))
+    velocity = (later - z_t) / step
+    back = to_eps_and_z_hat(velocity, z_t, alpha_t, sigma_t, "flow")
+    torch.testing.assert_close(back, (eps, z), rtol=0, atol=1e-9)
+    assert schedule.to("cpu") == schedule

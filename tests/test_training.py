@@ -265,24 +265,47 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+CONFIGS = {  # by the family whose tiny pipeline stands in for the prior's weights
+    "demo": "if",
+    "paper": "if",
+    "if-m": "if",
+    "if-l": "if",
+    "if-xl": "if",
+    "sd15": "sd15",
+    "sd21-base": "sd21-base",
+    "sd21": "sd21",
+    "sdxl": "sdxl",
+    "sd35-medium": "sd35",
+    "dit": "dit",
+}
+
+
 @pytest.mark.parametrize("script", ["bias", "translator"])
-@pytest.mark.parametrize("which", ["demo", "paper"])
+@pytest.mark.parametrize("which", CONFIGS)
 def test_configs_build_their_training(
-    script, which, tiny_prior_folder, corrector, data, tmp_path, monkeypatch, capsys
+    script, which, family_folder, corrector, data, tmp_path, monkeypatch
 ):
     """Each config, with a tiny prior and tiny data in place of its own: parsed, built, not run."""
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
     main = {"bias": train_bias.main, "translator": train_translator.main}[script]
+    file = ROOT / "configs" / script / f"{which}.yaml"
     args = [
         "fit",
-        f"--config={ROOT}/configs/{script}/{which}.yaml",
+        f"--config={file}",
         f"--run={tmp_path}",
-        f"--model.prior.init_args.pretrained={tiny_prior_folder}",
+        f"--model.prior.init_args.pretrained={family_folder(CONFIGS[which])}",
         *([f"--model.loss.init_args.corrector={corrector}"] if script == "translator" else []),
     ]
     model = main(args).model
+    if script == "translator":
+        rows = model.prior.embed(model.prompts).tensors  # its classes are classes of the prior
+        assert {len(value) for value in rows.values()} == {2 + len(model.translator.classes)}
+    else:
+        assert model.corrector.unet.bounded is not model.prior.latent
+    command = f"python train_{script}.py fit --config configs/{script}/{which}.yaml\n"
+    assert f"#   {command}" in file.read_text()
     size = sum(p.numel() for p in model.network.parameters())
-    if which == "paper":
+    if which in ("paper", "if-m"):
         assert size == {"bias": 7_849_603, "translator": 7_850_115}[script]
         assert (
             model.adam
@@ -291,3 +314,8 @@ def test_configs_build_their_training(
                 "translator": StepDecay(5e-5, 0.9, 50_000),
             }[script]
         )
+
+
+def test_every_config_is_tested():
+    for script in ("bias", "translator"):
+        assert {file.stem for file in (ROOT / "configs" / script).glob("*.yaml")} == set(CONFIGS)

@@ -24,7 +24,8 @@ class CorrectorTraining(TrainingModule):
         widths: filters per level of the U-Net; the last is the middle level.
         norm: 'none' as in the paper, or 'group'.
         statistics: of Eq. 10: per 'image' (the paper's) or per 'channel'.
-        bounded: end in tanh; false for a latent prior.
+        bounded: end in tanh; None is true for a pixel prior and false for a latent one, whose z
+            has no bound.
         optimizer: learning rate and decay.
         ema_decay: of the running average of the weights; 0 keeps none.
         time_range: t is uniform in it.
@@ -37,12 +38,14 @@ class CorrectorTraining(TrainingModule):
         widths: Sequence[int] = (32, 64, 128, 256, 512),
         norm: Norm = "none",
         statistics: Statistics = "image",
-        bounded: bool = True,
+        bounded: bool | None = None,
         optimizer: StepDecay = StepDecay(lr=1e-4, factor=0.9, every=100_000),  # noqa: B008
         ema_decay: float = 0.9999,
         time_range: tuple[float, float] = TIME_RANGE,
         seed: int = 0,
     ) -> None:
+        if bounded is None:
+            bounded = not prior.latent
         corrector = Corrector(
             prior.channels, widths, norm, bounded, statistics, prior=prior.identity
         )
@@ -97,7 +100,7 @@ class CorrectorTraining(TrainingModule):
         writer = tensorboard(self)
         if batch_idx == 0 and writer is not None:
             order = x.t.argsort()[:: max(1, len(x.t) // 8)]
-            rows = [part[order] for part in (x.z, x.z_hat, b)]
+            rows = [self.prior.decode(part[order]) for part in (x.z, x.z_hat, b)]
             writer.add_image("z, z_hat, b(z, t) by t", grid(*rows), self.global_step)
             spectra = {
                 f"t = {t:.2f}": [power_spectrum(part[i : i + 1])[0] for part in (x.z, x.z_hat, b)]
