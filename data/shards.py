@@ -1,7 +1,7 @@
 """Images of any kind to webdataset shards: what the scripts in the folders beside this one share.
 
 The way of an image: `sources` lists it; `make_plan` gives it a name, a split and a shard, a pure
-function of what was listed; `process` reads, crops, resizes and encodes it, in any of several
+function of what was listed; `pictures` reads, crops, resizes and encodes it, in any of several
 processes; `run` writes the shards in order, so that their bytes depend on nothing but the images
 and the options. A shard is written whole or not at all; one that has its record in OUT/.plan is
 not made again by the next run.
@@ -11,16 +11,12 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -29,14 +25,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import numpy as np
-from PIL import Image, ImageOps
+from typing import Any, TypeVar
 
 from lmc.images import check_shard, heldout_digests, name_digest, write_shard
 
-from sources import SUFFIXES, Refused, Skip, Source, read
+from pictures import Item, Options, digest_all, process_all, start_worker
+from sources import SUFFIXES, Refused, Skip, Source
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -44,37 +38,6 @@ CHUNK = 16  # images a process is given at once
 SAMPLE = 32  # images tried before the long work, and to estimate its size
 FORMAT = 1  # of OUT: counts up when the same images and options would make other shards
 SPLITS = ("train", "heldout")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the shards' bytes depend on, beside the images.
-
-    Attributes:
-        size: the side in pixels.
-        suffix: 'jpg' (quality 95, no chroma subsampling) or 'png'.
-        min_side: images whose shorter side has fewer pixels are skipped.
-        shard_size: images a shard, before any are skipped.
-        crop: 'centre' or 'random', the largest square in the middle or anywhere.
-        by_class: hold out a share of every class, not of all images.
-        label: how labels were given, for the record.
-    """
-
-    size: int
-    suffix: str
-    min_side: int
-    shard_size: int
-    crop: str = "centre"
-    by_class: bool = False
-    label: str = ""
-
-
-class Item(NamedTuple):
-    """An image that has its place: `key` names it in the shards, `name` in the lists."""
-
-    source: Source
-    key: str
-    name: str
 
 
 @dataclass(frozen=True)
@@ -90,94 +53,6 @@ class Plan:
     shards: dict[str, list[Item]]
     heldout: list[str]
     skipped: list[Skip]
-
-
-# ---------------------------------------------------------------------------------------------
-# One image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The first frame of an opened image, upright, 8-bit RGB; what is transparent becomes white.
-
-    Raises:
-        ValueError: floating-point pixels, whose range nothing tells.
-        Exception: whatever else Pillow raises for damaged data.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
-
-
-def process(item: Item, options: Options) -> tuple[bytes, str] | Skip:
-    """An image as the shard has it: (encoded, suffix), or why it is skipped.
-
-    A file that already is what it would become is copied: to encode a JPEG again costs quality.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, once an image: nobody can use that
-            data = read(item.source)
-            image = Image.open(io.BytesIO(data))
-            shorter = min(image.size)
-            if shorter < options.min_side:
-                return Skip("too small", item.source.where, f"{image.width} x {image.height}")
-            wanted = {"jpg": "JPEG", "png": "PNG"}[options.suffix]
-            plain = (
-                image.format == wanted
-                and image.mode == "RGB"
-                and not image.info.get("transparency")
-            )
-            target = (options.size, options.size)
-            if plain and image.size == target and image.getexif().get(0x0112, 1) == 1:
-                image.load()  # raises if it is damaged
-                return data, options.suffix
-            # A JPEG decoder can halve for nothing; twice the target is left for the good filter.
-            image.draft(None, (2 * options.size, 2 * options.size))
-            image = to_rgb(image)
-    except (
-        Exception
-    ) as error:  # damaged data makes Pillow raise anything, struct.error to IndexError
-        return Skip(
-            "cannot be read", item.source.where, " ".join(str(error).split()) or repr(error)
-        )
-    side = min(image.size)
-    place = 0.5
-    if options.crop == "random":  # seeded by content: the same crop in every run
-        place = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
-    left, top = (round(place * (length - side)) for length in image.size)
-    box = (left, top, left + side, top + side)
-    image = image.resize(target, Image.Resampling.LANCZOS, box=box)
-    file = io.BytesIO()
-    if options.suffix == "jpg":
-        image.save(file, "jpeg", quality=95, subsampling=0)
-    else:
-        image.save(file, "png")
-    return file.getvalue(), options.suffix
-
-
-def process_all(items: Sequence[Item], options: Options) -> list[tuple[bytes, str] | Skip]:
-    """`process` for a chunk."""
-    return [process(item, options) for item in items]
-
-
-def digest_all(sources: Sequence[Source]) -> list[str]:
-    """SHA-256 of each one's bytes, in hexadecimal; '' if it cannot be read."""
-
-    def digest(source: Source) -> str:
-        try:
-            return hashlib.sha256(read(source)).hexdigest()
-        except OSError:  # `process` will say so
-            return ""
-
-    return [digest(source) for source in sources]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,19 +130,6 @@ def make_plan(sources: Sequence[Source], digests: dict[int, str], options: Optio
 
 # ---------------------------------------------------------------------------------------------
 # Processes
-
-
-def start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end when that one is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def leave() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -435,11 +297,12 @@ def run(
     state.mkdir(parents=True, exist_ok=True)
     with only_run(state), pool(workers) as executor:
         write_json(state / "begun.json", begun)
-        digests = load_json(state / "digests.json")
-        if digests is None:
-            digests = digests_of(sources, executor, workers)
-            write_json(state / "digests.json", digests)
-        plan = make_plan(sources, {int(i): digest for i, digest in digests.items()}, options)
+        known = load_json(state / "digests.json")
+        if known is None or known["images"] != begun["images"]:
+            known = {"images": begun["images"], "digests": digests_of(sources, executor, workers)}
+            known = write_json(state / "digests.json", known)
+        digests = {int(i): digest for i, digest in known["digests"].items()}
+        plan = make_plan(sources, digests, options)
         try_some(plan, options, executor)
         records = write_shards(plan, options, out, executor, workers)
         write_index(plan, options, out, records, skipped, about)
@@ -631,8 +494,9 @@ def check_begun(out: Path, begun: dict[str, Any]) -> None:
     """
     before = load_json(out / ".plan" / "begun.json")
     other = "use another --out, or delete it"
-    if before is None:
-        if any(out.glob("*.tar")):
+    shards_there = any(out.glob("*.tar")) or any((out / ".plan").glob("*-*.json"))
+    if before is None or not shards_there:
+        if shards_there:
             raise Refused(f"--out {out} holds shards that were not made by this script: {other}")
         return
     for name, value in begun.items():

@@ -109,8 +109,11 @@ def list_tar(path: Path, label: str | None) -> tuple[list[Source], list[Skip]]:
     Raises:
         Refused: it is compressed, damaged or cut off.
     """
+    from lmc.images import check_shard  # not above: see `pictures`
+
     sources, skipped = [], []
     try:
+        check_shard(str(path))  # tarfile takes one that is cut off for one that ends
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 inside = Path(member.name)
@@ -124,9 +127,9 @@ def list_tar(path: Path, label: str | None) -> tuple[list[Source], list[Skip]]:
                 sources.append(
                     Source(str(path.absolute()), inside.name, label_here, member.size, place)
                 )
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:
         raise Refused(
-            f"{path} is no whole, uncompressed tar ({error}): fetch it again, or gunzip it first"
+            f"{path} is no whole, uncompressed tar: fetch it again, or gunzip it first"
         ) from error
     return sources, skipped
 
