@@ -169,19 +169,22 @@ class Progress:
     """A line on stderr with the time left, every second on a terminal, else every ten."""
 
     def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
+        self.what, self.total, self.done, self.first = what, total, 0, 0
         self.start = self.said = time.monotonic()
 
     def add(self, count: int) -> None:
         """Some more are done."""
-        self.done += count
         now = time.monotonic()
+        if not self.done:  # before this the processes started, which says nothing of the rate
+            self.first, self.start = count, now
+        self.done += count
         terminal = sys.stderr.isatty()
-        if self.done < self.total and now - self.said < (1 if terminal else 10):
+        too_early = self.done == self.first or now - self.said < (1 if terminal else 10)
+        if too_early and self.done < self.total:
             return
         self.said = now
-        rate = self.done / max(now - self.start, 1e-3)
-        left = (self.total - self.done) / rate
+        rate = (self.done - self.first) / max(now - self.start, 1e-3)
+        left = (self.total - self.done) / rate if rate else 0
         line = f"{self.what}: {self.done}/{self.total} images, {rate:.0f}/s, {clock(left)} left"
         end = "\n" if not terminal or self.done >= self.total else ""
         print(f"\r{line}  " if terminal else line, end=end, file=sys.stderr, flush=True)
@@ -303,7 +306,8 @@ def run(
             known = write_json(state / "digests.json", known)
         digests = {int(i): digest for i, digest in known["digests"].items()}
         plan = make_plan(sources, digests, options)
-        try_some(plan, options, executor)
+        if not shards_in(out):
+            try_some(plan, options, executor)
         records = write_shards(plan, options, out, executor, workers)
         write_index(plan, options, out, records, skipped, about)
 
@@ -494,9 +498,8 @@ def check_begun(out: Path, begun: dict[str, Any]) -> None:
     """
     before = load_json(out / ".plan" / "begun.json")
     other = "use another --out, or delete it"
-    shards_there = any(out.glob("*.tar")) or any((out / ".plan").glob("*-*.json"))
-    if before is None or not shards_there:
-        if shards_there:
+    if before is None or not shards_in(out):
+        if shards_in(out):
             raise Refused(f"--out {out} holds shards that were not made by this script: {other}")
         return
     for name, value in begun.items():
@@ -505,6 +508,11 @@ def check_begun(out: Path, begun: dict[str, Any]) -> None:
         if name == "images":
             raise Refused(f"--out {out} was begun with other images: {other}")
         raise Refused(f"--out {out} was begun with {name} {before.get(name)}, not {value}: {other}")
+
+
+def shards_in(out: Path) -> bool:
+    """Whether there are any, or records of any."""
+    return any(out.glob("*.tar")) or any((out / ".plan").glob("*-*.json"))
 
 
 @contextlib.contextmanager
