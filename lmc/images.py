@@ -290,12 +290,24 @@ def heldout_names(names: Iterable[str], fraction: float = 0.05) -> set[str]:
 
     Independent of order, so that every mirror and every run of a dataset holds out the same.
     """
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    digests = {name: name_digest(name) for name in names}
+    held_out = heldout_digests(digests.values(), fraction)
+    return {name for name, digest in digests.items() if digest in held_out}
+
+
+def heldout_digests(digests: Iterable[str], fraction: float = 0.05) -> set[str]:
+    """The round(fraction · n) smallest of n hexadecimal digests."""
+    ranked = sorted(digests)
     return set(ranked[: round(fraction * len(ranked))])
 
 
+def name_digest(name: str) -> str:
+    """SHA-256 of a file's name, in hexadecimal; a name that is no UTF-8 counts by its bytes."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:
-    """Write one shard, atomically.
+    """Write one shard, atomically; the same samples always make the same bytes.
 
     Args:
         path: the tar to write.
@@ -307,7 +319,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, dict[str, A
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     count = 0
-    with open(partial, "wb") as file, wds.TarWriter(file) as tar:
+    with open(partial, "wb") as file, wds.TarWriter(file, mtime=0) as tar:
         for key, image, suffix, about in samples:
             tar.write({"__key__": key, suffix: image, "json": json.dumps(about).encode()})
             count += 1

@@ -25,6 +25,7 @@ from lmc.images import (
     to_uint8,
     write_shard,
 )
+from lmc.training.data import ImageData
 
 import worlds
 
@@ -142,13 +143,13 @@ def test_training_sees_every_sample_equally_often(train, workers):
 # Held-out
 
 
-@pytest.mark.parametrize("count", [5, 22])
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize(("shards", "each"), [(1, 5), (1, 22), (3, 4)])
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_each_heldout_image_is_read_exactly_once(tmp_path, count, workers, world_size):
-    """Also by more processes and workers than there are images."""
+def test_each_heldout_image_is_read_exactly_once(tmp_path, shards, each, workers, world_size):
+    """Also by more processes and workers than there are images or shards."""
     write_shards(tmp_path, 1, 2)
-    write_shards(tmp_path, 1, count, "heldout")
+    write_shards(tmp_path, shards, each, "heldout")
     read: list[str] = []
     for rank in range(world_size):
         stream = ImageStream(
@@ -157,7 +158,42 @@ def test_each_heldout_image_is_read_exactly_once(tmp_path, count, workers, world
         for batch in DataLoader(stream, batch_size=None, num_workers=workers):
             assert 1 <= len(batch.key) == len(batch.image) == len(batch.label) <= 3
             read += batch.key
-    assert sorted(read) == keys_of(1, count)
+    assert sorted(read) == keys_of(shards, each)
+
+
+# ---------------------------------------------------------------------------------------------
+# Remote shards, through a command
+
+
+def piped(folder: Path, split: str = "train") -> str:
+    return f"pipe:cat {folder}/{split}-{{00000..00002}}.tar"
+
+
+def test_shards_through_a_command_are_read_like_files(tmp_path):
+    """Held-out and training, through the data module and its real workers."""
+    write_shards(tmp_path, 3, 4)
+    pattern = write_shards(tmp_path, 3, 4, "heldout")
+    data = ImageData(piped(tmp_path), piped(tmp_path, "heldout"), SIZE, 3, num_workers=2)
+    data.setup("fit")
+    read = keys(list(data.val_dataloader()))
+    assert sorted(sum(read, [])) == keys_of(3, 4)
+    stream = ImageStream(pattern, SIZE, 3, training=False)
+    assert read == keys(list(DataLoader(stream, batch_size=None, num_workers=2)))
+    trained = keys(list(itertools.islice(data.train_dataloader(), 16)))
+    assert sorted({*sum(trained, [])}) == keys_of(3, 4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("command", ["false", "cat {}/none.tar", "head -c 2000 {}/train-00000.tar"])
+def test_a_command_that_fails_or_is_cut_off_ends_the_stream_with_an_error(
+    tmp_path, command, training
+):
+    """In silence, evaluation would be of fewer images, and training of fewer shards."""
+    write_shards(tmp_path, 2, 4)
+    urls = [f"{tmp_path}/train-00001.tar", f"pipe:{command.format(tmp_path)}"]
+    stream = ImageStream(urls, SIZE, 3, training)
+    with pytest.raises((OSError, ValueError, tarfile.ReadError), match=r"pipe:|end of data"):
+        list(itertools.islice(stream, 30))
 
 
 def test_a_batch_holds_pictures_keys_and_labels(tmp_path):
@@ -227,8 +263,6 @@ def test_training_goes_on_past_broken_samples(tmp_path):
 
 
 def test_skipped_samples_are_counted_and_logged(tmp_path):
-    from lmc.training.data import ImageData
-
     files = {k: v for k, v in broken_files().items() if k.startswith(("good", "nojson", "noimage"))}
     path = str(write_tar(tmp_path / "a.tar", files))
     data = ImageData(path, path, SIZE, 2)
