@@ -113,12 +113,17 @@ def decode_image(data: bytes, where: str = "image") -> Tensor:
             pixels = np.asarray(upright.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
 
 
 def to_uint8(image: Tensor) -> Tensor:
     """[-1, 1] to uint8 [0, 255], clipped and rounded; any shape."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1]; any shape."""
+    return pixels.float() / 127.5 - 1
 
 
 def resize(image: Tensor, size: int) -> Tensor:
@@ -194,7 +199,7 @@ class ShardStream(IterableDataset):
             ValueError: there is none, or it is not what the stream was made for.
         """
         broken = "there is none"
-        for sample in self._samples(self.urls[:ROUND]):
+        for sample in self.samples(self.urls[:ROUND]):
             try:
                 self._decode(sample)
                 return
@@ -213,7 +218,7 @@ class ShardStream(IterableDataset):
             worker = (worker + self.batches_read) % workers
             return self._batches(self._endless(worker))
         part, parts = self.rank * workers + worker, self.world_size * workers
-        samples = (s for i, s in enumerate(self._samples(self.urls)) if i % parts == part)
+        samples = (s for i, s in enumerate(self.samples(self.urls)) if i % parts == part)
         return self._batches((sample, (worker, 0, 0)) for sample in samples)
 
     def _endless(self, worker: int) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
@@ -224,7 +229,7 @@ class ShardStream(IterableDataset):
             turn, part = divmod(number, rounds_a_pass)
             order = self.urls.copy()
             _random(self.seed, self.rank, worker, "pass", turn).shuffle(order)
-            samples = self._samples(order[part * ROUND : (part + 1) * ROUND])
+            samples = self.samples(order[part * ROUND : (part + 1) * ROUND])
             rng = _random(self.seed, self.rank, worker, "round", number)
             count = 0
             for sample in wds.filters._shuffle(samples, self.shuffle, self.shuffle, rng=rng):
@@ -261,7 +266,7 @@ class ShardStream(IterableDataset):
         if good or skipped:
             yield batch()
 
-    def _samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Raw samples of some shards, in order."""
         for url in urls:
             if len(self.urls) > CHECKED_FIRST:
