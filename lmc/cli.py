@@ -1,7 +1,8 @@
-"""`lmc evaluate`, `lmc translate`, `lmc release`: what is done with trained networks."""
+"""`lmc evaluate`, `translate`, `release`: what is done with trained networks; `lmc triplets`."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,82 @@ def release(args: argparse.Namespace) -> None:
     print(f"released to {args.out}")
 
 
+def triplets(args: argparse.Namespace) -> None:
+    """Sample the triplets of a stage-one configuration into shards."""
+    from lmc.triplets import TIME_RANGE, TripletSet, write_triplets
+
+    config = _stage_one(args.config)
+    model, data = config["model"], config["data"]
+    seed = config.get("seed_everything")
+    what = TripletSet(
+        (data["train"], data["heldout"]),
+        data["image_size"],
+        args.times_per_image,
+        tuple(model.get("time_range", TIME_RANGE)),
+        seed if type(seed) is int else 0,
+    )
+    device = args.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU a process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    who = f"[{args.rank}] " if args.world_size > 1 else ""
+    done = write_triplets(
+        _prior(model["prior"]),
+        what,
+        args.out,
+        args.batch_size,
+        device,
+        args.rank,
+        args.world_size,
+        lambda line: print(who + line, flush=True),
+    )
+    print(
+        f"{who}{done['shards_done']} of {done['shards']} shards done in {args.out}: "
+        f"{done['images']} images, {done['triplets']} triplets, {done['bytes'] / 1e9:.3f} GB "
+        f"({done['bytes'] / max(1, done['triplets']) * 1e-3:.1f} GB a million triplets), "
+        f"{len(done['skipped'])} broken samples skipped"
+    )
+    for sample in done["skipped"][:10]:
+        print(f"  skipped: {sample}")
+    if len(done["skipped"]) > 10:
+        print(f"  … all of them in {args.out}/*.json")
+
+
+def _stage_one(file: Path) -> dict[str, Any]:
+    """What `lmc triplets` needs of a configuration of train_bias.py is in it, or a ValueError."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    for section, names in {"model": ["prior"], "data": ["train", "heldout", "image_size"]}.items():
+        for name in names:
+            try:
+                config[section][name]
+            except (KeyError, TypeError):
+                raise ValueError(
+                    f"{file} has no {section}.{name}: not a configuration of train_bias.py"
+                ) from None
+    return config
+
+
+def _prior(config: Any) -> Any:
+    """The prior that `class_path` and `init_args` describe."""
+    import jsonargparse
+
+    from lmc.priors import Prior
+
+    parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--prior", type=Prior, required=True)
+    try:
+        parsed = parser.parse_object({"prior": config})
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    # Renamed in jsonargparse 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parsed).prior
+
+
 def _translator(path: str) -> Any:
     from lmc.release import load_averaged, load_network
     from lmc.translator import Translator
@@ -140,6 +217,49 @@ def parser() -> argparse.ArgumentParser:
     )
     three.add_argument("--row", metavar="NAME", help="which row of it is this network's")
     three.add_argument("--picture", type=Path, metavar="PNG", help="a picture for the card")
+
+    four = commands.add_parser("triplets", help="sample the triplets of stage one into shards")
+    four.set_defaults(run_command=triplets)
+    four.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        metavar="YAML",
+        help="of train_bias.py: its prior, its train and held-out shards of images, image_size, "
+        "time_range and seed_everything are taken",
+    )
+    four.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write; what is done there is kept",
+    )
+    four.add_argument(
+        "--times-per-image",
+        type=int,
+        default=4,
+        metavar="N",
+        help="triplets an image (%(default)s)",
+    )
+    four.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="images at a time; the prior sees times-per-image as many (%(default)s)",
+    )
+    four.add_argument(
+        "--device", default="cpu", help="cpu, cuda (under torchrun each its own), … (%(default)s)"
+    )
+    for option, variable, alone in (("--rank", "RANK", "0"), ("--world-size", "WORLD_SIZE", "1")):
+        four.add_argument(
+            option,
+            type=int,
+            default=os.environ.get(variable, alone),
+            metavar="N",
+            help=f"of this process; default ${variable}, which torchrun sets, else {alone}",
+        )
     return main
 
 

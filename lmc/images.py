@@ -113,12 +113,17 @@ def decode_image(data: bytes, where: str = "image") -> Tensor:
             pixels = np.asarray(upright.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
 
 
 def to_uint8(image: Tensor) -> Tensor:
     """[-1, 1] to uint8 [0, 255], clipped and rounded; any shape."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1]; any shape."""
+    return pixels.float() / 127.5 - 1
 
 
 def resize(image: Tensor, size: int) -> Tensor:
@@ -128,32 +133,33 @@ def resize(image: Tensor, size: int) -> Tensor:
     return F.interpolate(image, (size, size), mode="bilinear", antialias=True)
 
 
-class ImageStream(IterableDataset):
-    """Batches of images from shards; use it in a DataLoader with batch_size=None.
+class ShardStream(IterableDataset):
+    """Batches from shards; use it in a DataLoader with batch_size=None.
 
     In training, endless: each (rank, worker) draws its own order of the shards, shuffled, a pure
     function of (seed, rank, worker), so that it can be taken up again at any batch's `position`.
     Otherwise one pass, each sample exactly once over all ranks and workers, unshuffled.
     A sample that cannot be decoded is skipped and named in the next batch's `skipped`.
 
+    A subclass says what a sample is (`_decode`) and what a batch (`_collate`).
+
     Args:
         shards: see `expand_shards`.
-        image_size: the side in pixels that every image must have.
-        batch_size: images a batch; the last one of a single pass may be smaller.
+        batch_size: samples a batch; the last one of a single pass may be smaller.
         training: endless and shuffled, or one pass.
         seed: of the order.
         shuffle: samples in the shuffle buffer.
         rank, world_size: of this process.
 
     Raises:
-        FileNotFoundError, ValueError: see `expand_shards`; or, while reading, an image of another
-            size (naming the shard and the key).
+        FileNotFoundError, ValueError: see `expand_shards`.
     """
+
+    members = ""  # what a sample consists of, for messages
 
     def __init__(
         self,
         shards: str | Sequence[str],
-        image_size: int,
         batch_size: int,
         training: bool,
         seed: int = 0,
@@ -162,10 +168,20 @@ class ImageStream(IterableDataset):
         world_size: int = 1,
     ) -> None:
         self.urls = expand_shards(shards)
-        self.image_size, self.batch_size, self.training = image_size, batch_size, training
+        self.batch_size, self.training = batch_size, training
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
         self.batches_read = 0
         self.positions: dict[int, tuple[int, int]] = {}
+
+    def _decode(self, sample: dict[str, Any]) -> Any:
+        """What a raw sample holds; BrokenSample where it may be skipped."""
+        raise NotImplementedError
+
+    def _collate(
+        self, decoded: list[Any], position: tuple[int, int, int], skipped: tuple[str, ...]
+    ) -> Any:
+        """A batch of what `_decode` gave, possibly of nothing."""
+        raise NotImplementedError
 
     def resume(self, batches_read: int, positions: dict[int, tuple[int, int]]) -> None:
         """Go on after `batches_read` batches, the streams of the workers being at `positions`.
@@ -180,10 +196,10 @@ class ImageStream(IterableDataset):
         """Read samples until one is whole.
 
         Raises:
-            ValueError: there is none, or it is not what `image_size` says.
+            ValueError: there is none, or it is not what the stream was made for.
         """
         broken = "there is none"
-        for sample in self._samples(self.urls[:ROUND]):
+        for sample in self.samples(self.urls[:ROUND]):
             try:
                 self._decode(sample)
                 return
@@ -191,10 +207,10 @@ class ImageStream(IterableDataset):
                 broken = str(error)
         raise ValueError(
             f"{self.urls[0]} and its neighbours hold no sample that can be read "
-            f"(KEY.png and KEY.json each): {broken}"
+            f"({self.members} each): {broken}"
         )
 
-    def __iter__(self) -> Iterator[ImageBatch]:
+    def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if self.training:
@@ -202,7 +218,7 @@ class ImageStream(IterableDataset):
             worker = (worker + self.batches_read) % workers
             return self._batches(self._endless(worker))
         part, parts = self.rank * workers + worker, self.world_size * workers
-        samples = (s for i, s in enumerate(self._samples(self.urls)) if i % parts == part)
+        samples = (s for i, s in enumerate(self.samples(self.urls)) if i % parts == part)
         return self._batches((sample, (worker, 0, 0)) for sample in samples)
 
     def _endless(self, worker: int) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
@@ -213,7 +229,7 @@ class ImageStream(IterableDataset):
             turn, part = divmod(number, rounds_a_pass)
             order = self.urls.copy()
             _random(self.seed, self.rank, worker, "pass", turn).shuffle(order)
-            samples = self._samples(order[part * ROUND : (part + 1) * ROUND])
+            samples = self.samples(order[part * ROUND : (part + 1) * ROUND])
             rng = _random(self.seed, self.rank, worker, "round", number)
             count = 0
             for sample in wds.filters._shuffle(samples, self.shuffle, self.shuffle, rng=rng):
@@ -226,15 +242,13 @@ class ImageStream(IterableDataset):
 
     def _batches(
         self, samples: Iterable[tuple[dict[str, Any], tuple[int, int, int]]]
-    ) -> Iterator[ImageBatch]:
-        good: list[tuple[Tensor, str, str]] = []
+    ) -> Iterator[Any]:
+        good: list[Any] = []
         skipped: list[str] = []
         position = (0, 0, 0)
 
-        def batch() -> ImageBatch:
-            images, keys, labels = zip(*good, strict=True) if good else ((), (), ())
-            stacked = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
-            done = ImageBatch(stacked, list(keys), list(labels), position, tuple(skipped))
+        def batch() -> Any:
+            done = self._collate(good, position, tuple(skipped))
             good.clear()
             skipped.clear()
             return done
@@ -252,12 +266,51 @@ class ImageStream(IterableDataset):
         if good or skipped:
             yield batch()
 
-    def _samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Raw samples of some shards, in order."""
         for url in urls:
             if len(self.urls) > CHECKED_FIRST:
                 check_shard(url)
             yield from wds.DataPipeline(wds.SimpleShardList([url]), wds.tarfile_to_samples())
+
+
+class ImageStream(ShardStream):
+    """Batches of images, see `ShardStream`.
+
+    Args:
+        shards, batch_size, training, seed, shuffle, rank, world_size: see `ShardStream`.
+        image_size: the side in pixels that every image must have.
+
+    Raises:
+        FileNotFoundError, ValueError: see `expand_shards`; or, while reading, an image of another
+            size (naming the shard and the key).
+    """
+
+    members = "KEY.png and KEY.json"
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        image_size: int,
+        batch_size: int,
+        training: bool,
+        seed: int = 0,
+        shuffle: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size)
+        self.image_size = image_size
+
+    def _collate(
+        self,
+        decoded: list[tuple[Tensor, str, str]],
+        position: tuple[int, int, int],
+        skipped: tuple[str, ...],
+    ) -> ImageBatch:
+        images, keys, labels = zip(*decoded, strict=True) if decoded else ((), (), ())
+        stacked = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
+        return ImageBatch(stacked, list(keys), list(labels), position, skipped)
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, str, str]:
         key, url = sample["__key__"], sample["__url__"]
@@ -307,7 +360,7 @@ def name_digest(name: str) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:
-    """Write one shard, atomically; the same samples always make the same bytes.
+    """Write one shard of images, atomically; the same samples always make the same bytes.
 
     Args:
         path: the tar to write.
@@ -316,12 +369,23 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, dict[str, A
     Returns:
         The number of samples.
     """
+    return write_members(
+        path,
+        (
+            {"__key__": key, suffix: image, "json": json.dumps(about).encode()}
+            for key, image, suffix, about in samples
+        ),
+    )
+
+
+def write_members(path: Path, samples: Iterable[dict[str, Any]]) -> int:
+    """Write one shard of any samples, as `write_shard`: "__key__" and bytes by suffix each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     count = 0
     with open(partial, "wb") as file, wds.TarWriter(file, mtime=0) as tar:
-        for key, image, suffix, about in samples:
-            tar.write({"__key__": key, suffix: image, "json": json.dumps(about).encode()})
+        for sample in samples:
+            tar.write(sample)
             count += 1
     os.replace(partial, path)
     return count

@@ -1,17 +1,56 @@
-"""Triplets (z, ẑ_t, t): what the prior's one-step denoising makes of clean images [LMC, Sec. 4]."""
+"""Triplets (z, ẑ_t, t): what the prior's one-step denoising makes of clean images [LMC, Sec. 4].
 
-from dataclasses import dataclass
+They are sampled while training, or once and for all into shards (`write_triplets`), which
+`TripletStream` reads. A sample KEY of such a shard is one image with several times:
 
+    KEY.png        z of a pixel prior, 8 bits a channel; or
+    KEY.z.npy      z of a latent prior, float16 (C, H, W)
+    KEY.z_hat.npy  z_hat at each time, float16 (times, C, H, W)
+    KEY.json       the image's label, "t": the times, "origin": the prior's identity, time_range
+
+z is rounded to what is stored before the prior sees it: z_hat belongs to the stored z.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from lmc.images import (
+    BrokenSample,
+    ImageBatch,
+    ImageStream,
+    ShardStream,
+    check_shard,
+    decode_image,
+    expand_shards,
+    from_uint8,
+    resize,
+    to_uint8,
+    write_members,
+)
 from lmc.priors import Embedding, Prior
 from lmc.schedule import add_noise
 
+RECORD = "triplets.json"  # beside the shards: what they were made with
+SECONDS = 10.0  # between lines of progress
 TIME_RANGE = (0.02, 0.98)  # t ~ U(0.02, 0.98) in both stages [LMC, App. A]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning moves the tensors of a TripletBatch in place of it
 class Triplets:
     """A batch of triplets.
 
@@ -24,6 +63,20 @@ class Triplets:
     z: Tensor
     z_hat: Tensor
     t: Tensor
+
+
+@dataclass
+class TripletBatch(Triplets):
+    """Triplets read from shards.
+
+    Attributes:
+        key: the keys of their images; a batch may hold an image at several times.
+        position, skipped: as of `lmc.images.ImageBatch`.
+    """
+
+    key: list[str]
+    position: tuple[int, int, int] = (0, 0, 0)
+    skipped: tuple[str, ...] = ()
 
 
 def check_time_range(time_range: tuple[float, float]) -> tuple[float, float]:
@@ -63,3 +116,423 @@ def sample_triplets(prior: Prior, z: Tensor, t: Tensor, eps: Tensor, null: Embed
     z_t = add_noise(z, eps, *prior.schedule.coefficients(t, z.dtype))
     _, z_hat = prior.predict(z_t, t, null)
     return Triplets(z, z_hat, t)
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass(frozen=True)
+class TripletSet:
+    """What a folder of triplet shards is made of; its triplets.json records it.
+
+    Args:
+        shards: of the images, see `lmc.images.expand_shards`. Each becomes one of the same name.
+        image_size: the side in pixels of their images; resized to the prior's.
+        times_per_image: triplets an image.
+        time_range: t is uniform in it.
+        seed: of t and eps.
+
+    Raises:
+        ValueError: a number or range that makes no sense.
+    """
+
+    shards: Sequence[str]
+    image_size: int
+    times_per_image: int = 4
+    time_range: tuple[float, float] = TIME_RANGE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_time_range(self.time_range)
+        if self.times_per_image < 1:
+            raise ValueError(f"times_per_image must be at least 1, got {self.times_per_image}")
+
+
+def write_triplets(
+    prior: Prior,
+    what: TripletSet,
+    out: Path,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Write the triplet shards of `what` that are not there yet; several processes share them.
+
+    The triplets follow from `what` and the prior alone: not from the number of processes, and from
+    `batch_size` and `device` only as far as these change the last bits of floating point.
+
+    Args:
+        out: folder to write: NAME.tar and NAME.json (its counts) for each shard, triplets.json.
+        batch_size: images at a time; the prior sees each at all its times at once.
+        device: of the prior.
+        rank, world_size: of this process: it writes every world_size-th shard.
+        say: takes lines of progress.
+
+    Returns:
+        Of the shards that are done, over all processes: shards, shards_done, images, triplets,
+        bytes and skipped (the broken samples, with what broke).
+
+    Raises:
+        FileNotFoundError: see `expand_shards`.
+        ValueError: `out` holds triplets made with something else; the shards hold triplets
+            already, or nothing that can be read; a z_hat has no place in float16.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), the world_size, got {rank}")
+    urls = expand_shards(what.shards)
+    shards = dict(zip(_names(urls), urls, strict=True))
+    if triplet_origin(urls) is not None:
+        raise ValueError(f"{urls[0]} holds triplets already: name the shards of the images")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        # One process at a time: the others find the record and the embedding made.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _record(out, what, shards, prior)
+        null = prior.embed([""]).to(device)
+    mine = list(shards)[rank::world_size]
+    todo = [name for name in mine if not _done(out, name)]
+    say(f"{len(mine)} shards to make here, {len(mine) - len(todo)} of them done before")
+    if todo:
+        prior.to(device)
+    progress = _Progress(len(todo), say)
+    for name in todo:
+        stream = ImageStream(shards[name], what.image_size, batch_size, training=False)
+        skipped: list[str] = []
+        samples = _triplet_samples(prior, null, stream, what, device, skipped, progress)
+        images = write_members(out / f"{name}.tar", samples)
+        if not images:
+            (out / f"{name}.tar").unlink()
+            raise ValueError(f"{shards[name]} has no sample that can be read, last: {skipped[-1:]}")
+        _write_json(out / f"{name}.json", {"images": images, "skipped": skipped})
+        progress.shard_done()
+    return summary(out)
+
+
+def summary(out: Path) -> dict[str, Any]:
+    """What `write_triplets` returns, of the folder as it is."""
+    record = json.loads((out / RECORD).read_text())
+    done = [name for name in record["shards"] if _done(out, name)]
+    counts = [json.loads((out / f"{name}.json").read_text()) for name in done]
+    images = sum(count["images"] for count in counts)
+    return {
+        "shards": len(record["shards"]),
+        "shards_done": len(done),
+        "images": images,
+        "triplets": images * record["times_per_image"],
+        "bytes": sum((out / f"{name}.tar").stat().st_size for name in done),
+        "skipped": [sample for count in counts for sample in count["skipped"]],
+    }
+
+
+def draw_for(key: str, shape: Sequence[int], what: TripletSet) -> tuple[Tensor, Tensor]:
+    """The times (times_per_image,) and noises (times_per_image, *shape) of the image `key`.
+
+    Each follows from (seed, key, repetition) alone; always drawn on the CPU.
+    """
+    drawn = []
+    for repetition in range(what.times_per_image):
+        name = f"{what.seed}/{repetition}/{key}".encode()
+        seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
+        generator = torch.Generator().manual_seed(seed)
+        drawn.append(draw_t_and_eps(torch.empty(1, *shape), generator, what.time_range))
+    t, eps = zip(*drawn, strict=True)
+    return torch.cat(t), torch.cat(eps)
+
+
+@torch.no_grad()
+def _triplet_samples(
+    prior: Prior,
+    null: Embedding,
+    stream: ImageStream,
+    what: TripletSet,
+    device: torch.device | str,
+    skipped: list[str],
+    progress: "_Progress",
+) -> Iterator[dict[str, Any]]:
+    """The samples of one triplet shard, from the images of another; fills `skipped`."""
+    times = what.times_per_image
+    origin = _origin(prior.identity, what.time_range)
+    for batch in stream:
+        skipped += batch.skipped
+        if not batch.key:
+            continue
+        z, files = _to_stored(prior, batch, device)
+        t, eps = zip(*(draw_for(key, z.shape[1:], what) for key in batch.key), strict=True)
+        x = sample_triplets(
+            prior,
+            z.repeat_interleave(times, 0).to(device),
+            torch.cat(t).to(device),
+            torch.cat(eps).to(device),
+            null.expand(len(z) * times),
+        )
+        z_hat = x.z_hat.to("cpu", torch.float16).unflatten(0, (len(z), times))
+        for i, key in enumerate(batch.key):
+            if not z_hat[i].isfinite().all():
+                raise ValueError(
+                    f"z_hat of {key} is not finite in float16 (t = {t[i].tolist()}): a prior in "
+                    "float16 that overflows (try bfloat16), or times too near 1"
+                )
+            about = {"label": batch.label[i], "t": t[i].tolist(), "origin": origin}
+            yield {
+                "__key__": key,
+                **files[i],
+                "z_hat.npy": _npy(z_hat[i]),
+                "json": json.dumps(about).encode(),
+            }
+        progress.images_done(len(z))
+
+
+def _to_stored(
+    prior: Prior, batch: ImageBatch, device: torch.device | str
+) -> tuple[Tensor, list[dict[str, bytes]]]:
+    """z as it will be read back, float32 (B, C, H, W) on the CPU, and the files that store it."""
+    image = resize(batch.image.to(device), prior.image_size)
+    z = prior.encode(image)
+    if prior.channels == 3 and torch.equal(z, image):
+        pixels = to_uint8(z).cpu()
+        return from_uint8(pixels), [{"png": _png(one)} for one in pixels]
+    half = z.to("cpu", torch.float16)
+    return half.float(), [{"z.npy": _npy(one)} for one in half]
+
+
+def _png(pixels: Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "png")
+    return file.getvalue()
+
+
+def _npy(value: Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, value.numpy())
+    return file.getvalue()
+
+
+def _origin(identity: Mapping[str, Any], time_range: tuple[float, float]) -> dict[str, Any]:
+    """What every triplet says of its making, as JSON gives it back."""
+    return json.loads(json.dumps({"prior": dict(identity), "time_range": time_range}))
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """Names for the triplet shards of `urls`: 'train-00000' of '…/train-00000.tar'."""
+    names = []
+    for url in urls:
+        found = re.findall(r"([^/\s]+)\.tar\b", url)
+        if not found:
+            raise ValueError(f"{url} names no NAME.tar to call its triplets by")
+        names.append(found[-1])
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"several shards are named {twice}.tar and would overwrite each other")
+    return names
+
+
+def _record(out: Path, what: TripletSet, shards: Mapping[str, str], prior: Prior) -> None:
+    """Write triplets.json, or refuse to go on with one that says otherwise."""
+    now = {**asdict(what), "shards": dict(shards), "prior": dict(prior.identity)}
+    now = json.loads(json.dumps(now))
+    file = out / RECORD
+    if not file.exists():
+        _write_json(file, now)
+        return
+    there = json.loads(file.read_text())
+    other = [name for name in now if there.get(name) != now[name]]
+    if other:
+        said = "; ".join(f"{name} {there.get(name)} there, {now[name]} now" for name in other)
+        raise ValueError(
+            f"{out} holds triplets made with something else ({said}): name another folder, or "
+            "delete that one"
+        )
+
+
+def _done(out: Path, name: str) -> bool:
+    """Whether a triplet shard is there; its counts are written last."""
+    if not (out / f"{name}.json").exists() or not (out / f"{name}.tar").exists():
+        return False
+    check_shard(str(out / f"{name}.tar"))
+    return True
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+class _Progress:
+    """A line every few seconds: images, images a second, time left.
+
+    Args:
+        shards: to make.
+        say: takes the lines.
+    """
+
+    def __init__(self, shards: int, say: Callable[[str], None]) -> None:
+        self.shards, self.say = shards, say
+        self.finished = self.images = self.images_in_finished = 0
+        self.began = self.last = time.monotonic()
+
+    def images_done(self, count: int) -> None:
+        self.images += count
+        now = time.monotonic()
+        if now - self.last > SECONDS:
+            self.last = now
+            self.line()
+
+    def shard_done(self) -> None:
+        self.finished, self.images_in_finished = self.finished + 1, self.images
+        if self.finished == self.shards:
+            self.line()
+
+    def line(self) -> None:
+        speed = self.images / max(time.monotonic() - self.began, 1e-9)
+        left = "time left is known after the first shard"
+        if self.finished:
+            # As if the other shards were as large as the finished ones.
+            total = self.images_in_finished / self.finished * self.shards
+            seconds = max(0.0, total - self.images) / max(speed, 1e-9)
+            left = f"{timedelta(seconds=round(seconds))} left"
+        self.say(
+            f"shard {min(self.finished + 1, self.shards)}/{self.shards}  {self.images} images  "
+            f"{speed:.1f} images/s  {left}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def triplet_origin(shards: str | Sequence[str]) -> dict[str, Any] | None:
+    """'prior' (its identity) and 'time_range' of triplet shards; None of shards of images.
+
+    Reads the first sample.
+
+    Raises:
+        FileNotFoundError, ValueError: see `expand_shards`.
+    """
+    stream = ShardStream(shards, 1, training=False)
+    first = next(iter(stream.samples(stream.urls[:1])), {})
+    if "z_hat.npy" not in first:
+        return None
+    return _about(first)["origin"]
+
+
+def check_origin(
+    origin: Mapping[str, Any], identity: Mapping[str, Any], time_range: tuple[float, float]
+) -> None:
+    """Refuse triplets of another prior or time range than a training is for.
+
+    Args:
+        origin: see `triplet_origin`.
+        identity: `Prior.identity` of the training's prior.
+        time_range: the training's.
+
+    Raises:
+        ValueError: names both.
+    """
+    if any(origin["prior"].get(key) != identity.get(key) for key in ("digest", "prediction_type")):
+        raise ValueError(
+            "the triplets were sampled from another prior.\n"
+            f"  sampled from: {origin['prior']}\n  training for: {dict(identity)}\n"
+            "Sample them from this one: lmc triplets --config …"
+        )
+    if tuple(origin["time_range"]) != tuple(time_range):
+        raise ValueError(
+            f"the triplets were sampled with time_range {list(origin['time_range'])}, "
+            f"the training has {list(time_range)}"
+        )
+
+
+class TripletStream(ShardStream):
+    """Batches of triplets from shards of `write_triplets`, see `lmc.images.ShardStream`.
+
+    A sample, for batch_size and shuffle, is one triplet: an image comes as often as it has times.
+
+    Args:
+        shards, batch_size, training, seed, shuffle, rank, world_size: see `ShardStream`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `expand_shards`; the shards' folder is not finished;
+            or, while reading, triplets of another origin than the first.
+    """
+
+    members = "KEY.png or KEY.z.npy, KEY.z_hat.npy and KEY.json"
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        batch_size: int,
+        training: bool,
+        seed: int = 0,
+        shuffle: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size)
+        self.origin = triplet_origin(self.urls[:1])
+        for folder in sorted({Path(url).parent for url in self.urls if Path(url).exists()}):
+            if (folder / RECORD).exists():
+                names = json.loads((folder / RECORD).read_text())["shards"]
+                missing = sum(not (folder / f"{name}.tar").exists() for name in names)
+                if missing:
+                    raise ValueError(
+                        f"{folder}: {missing} of {len(names)} shards of triplets are not there; "
+                        "the same lmc triplets again goes on with them"
+                    )
+
+    def samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Each raw sample once for every time, with its number as 'repetition'."""
+        for sample in super().samples(urls):
+            try:
+                times = len(_about(sample)["t"])
+            except BrokenSample:
+                times = 1  # once, for _decode to refuse it
+            for repetition in range(times):
+                yield {**sample, "repetition": repetition}
+
+    def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, Tensor, float, str]:
+        about, where = _about(sample), f"{sample['__key__']} in {sample['__url__']}"
+        if about["origin"] != self.origin:
+            raise ValueError(
+                f"{where} is of another origin than the first triplet: {about['origin']}, "
+                f"there {self.origin}"
+            )
+        repetition = sample["repetition"]
+        try:
+            z_hat = torch.from_numpy(np.load(io.BytesIO(sample["z_hat.npy"]))[repetition]).float()
+            if "png" in sample:
+                z = decode_image(sample["png"])
+            else:
+                z = torch.from_numpy(np.load(io.BytesIO(sample["z.npy"]))).float()
+        except (KeyError, IndexError, ValueError, EOFError, OSError) as error:
+            raise BrokenSample(f"{where}: {error!r}") from error
+        if z.shape != z_hat.shape:
+            raise BrokenSample(f"{where}: z is {tuple(z.shape)}, z_hat {tuple(z_hat.shape)}")
+        return z, z_hat, about["t"][repetition], sample["__key__"]
+
+    def _collate(
+        self,
+        decoded: list[tuple[Tensor, Tensor, float, str]],
+        position: tuple[int, int, int],
+        skipped: tuple[str, ...],
+    ) -> TripletBatch:
+        if not decoded:
+            none = torch.empty(0, 3, 1, 1)
+            return TripletBatch(none, none, torch.empty(0), [], position, skipped)
+        z, z_hat, t, key = zip(*decoded, strict=True)
+        times = torch.tensor(t, dtype=torch.float32)
+        return TripletBatch(torch.stack(z), torch.stack(z_hat), times, list(key), position, skipped)
+
+
+def _about(sample: dict[str, Any]) -> dict[str, Any]:
+    """KEY.json of a triplet sample."""
+    try:
+        about = json.loads(sample["json"])
+        if len(about["t"]) and {"prior", "time_range"} <= about["origin"].keys():
+            return about
+        raise ValueError("no times")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        where = f"{sample['__key__']} in {sample['__url__']}"
+        raise BrokenSample(f"{where}: no KEY.json with t and origin ({error!r})") from error

@@ -23,6 +23,7 @@ OPTIONS = {
     "--device --out",
     "translate": "INPUT --translator --to --out --device",
     "release": "RUN --out --results --row --picture",
+    "triplets": "--config --out --times-per-image --batch-size --device --rank --world-size",
 }
 
 

@@ -12,12 +12,23 @@ from lmc.images import ImageBatch, resize
 from lmc.priors import Prior
 from lmc.report import grid, spectra_figure
 from lmc.training.base import StepDecay, TrainingModule, tensorboard
-from lmc.triplets import TIME_RANGE, Triplets, check_time_range, draw_t_and_eps, sample_triplets
+from lmc.triplets import (
+    TIME_RANGE,
+    TripletBatch,
+    Triplets,
+    check_origin,
+    check_time_range,
+    draw_t_and_eps,
+    sample_triplets,
+)
 from lmc.unet import Norm
 
 
 class CorrectorTraining(TrainingModule):
     """Trains b̂_ψ with L_k = ‖z_hat − b(z, t)‖² [LMC, Eq. 10]. Defaults are the paper's.
+
+    Its data are images, of which it samples triplets as it goes, or triplets (`lmc triplets`). The
+    prior is loaded only if there are images.
 
     Args:
         prior: the frozen diffusion model.
@@ -31,6 +42,8 @@ class CorrectorTraining(TrainingModule):
         time_range: t is uniform in it.
         seed: of t and eps; follows seed_everything.
     """
+
+    takes_triplets = True
 
     def __init__(
         self,
@@ -60,21 +73,40 @@ class CorrectorTraining(TrainingModule):
 
     def prepare_data(self) -> None:
         """Embed the empty prompt into the cache, on one process a node."""
-        self.prior.embed([""])
+        if self._samples_triplets():
+            self.prior.embed([""])
 
     def setup(self, stage: str) -> None:
-        """Load the prior and the empty prompt's embedding."""
-        device = self.trainer.strategy.root_device
-        self.null = self.prior.embed([""]).to(device)
-        self.prior.to(device)
+        """Load the prior and the empty prompt's embedding, if some of the data are images.
 
-    def triplets(self, batch: ImageBatch, generator: torch.Generator) -> Triplets:
-        """Triplets of a batch of images, resized to the prior's resolution."""
+        Raises:
+            ValueError: the data are triplets of another prior, or of another time range.
+        """
+        for origin in self._origins():
+            if origin is not None:
+                check_origin(origin, self.prior.identity, self.time_range)
+        if self._samples_triplets():
+            device = self.trainer.strategy.root_device
+            self.null = self.prior.embed([""]).to(device)
+            self.prior.to(device)
+
+    def _origins(self) -> list[dict[str, Any] | None]:
+        trainer: Any = self.trainer
+        return trainer.datamodule.origins()
+
+    def _samples_triplets(self) -> bool:
+        """Whether training or held-out data are images."""
+        return None in self._origins()
+
+    def triplets(self, batch: ImageBatch | TripletBatch, generator: torch.Generator) -> Triplets:
+        """The triplets of a batch; those of images are sampled, at the prior's resolution."""
+        if isinstance(batch, TripletBatch):
+            return batch
         z = self.prior.encode(resize(batch.image, self.prior.image_size))
         t, eps = draw_t_and_eps(z, generator, self.time_range)
         return sample_triplets(self.prior, z, t, eps, self.null.expand(len(z)))
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> Tensor:
         """L_k, mean over the batch."""
         x = self.triplets(batch, self.generator())
         self.batches_done += 1
@@ -89,9 +121,9 @@ class CorrectorTraining(TrainingModule):
         self.errors = CorrectorErrors().to(self.device)
         self.heldout_generator = torch.Generator(self.device).manual_seed(self.global_rank)
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> None:
         """Held-out L_k of the averaged weights, and of the identity beside it."""
-        if not len(batch.image):
+        if not batch.key:
             return
         x = self.triplets(batch, self.heldout_generator)
         averaged: Any = self.averaged

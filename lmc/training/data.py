@@ -7,18 +7,20 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lmc.images import ImageBatch, ImageStream
+from lmc.images import ImageBatch, ImageStream, ShardStream
+from lmc.triplets import TripletBatch, TripletStream, triplet_origin
 
 
 class ImageData(LightningDataModule):
-    """Training and held-out shards of images.
+    """Training and held-out shards of images, or of triplets where the model takes them.
 
     Args:
         train: the training shards: a path with wildcards or braces, a URL or a 'pipe:' command.
-        heldout: the held-out shards, likewise.
-        image_size: the side in pixels of their images.
-        batch_size: images a step and process; the effective batch is that times processes times
-            trainer.accumulate_grad_batches.
+            Shards of `lmc triplets` are known by what is in them.
+        heldout: the held-out shards, likewise; they may be of the other kind.
+        image_size: the side in pixels of their images; not of triplets, which have the prior's.
+        batch_size: images (triplets) a step and process; the effective batch is that times
+            processes times trainer.accumulate_grad_batches.
         num_workers: loading processes a training process; 0 loads in the process itself.
         shuffle: samples in the shuffle buffer.
         seed: of the order; follows seed_everything.
@@ -38,6 +40,7 @@ class ImageData(LightningDataModule):
         self.train, self.heldout, self.image_size = train, heldout, image_size
         self.batch_size, self.num_workers = batch_size, num_workers
         self.shuffle, self.seed = shuffle, seed
+        self._origins: dict[str, Any] = {}
         self.batches_read = 0
         self.positions: dict[int, tuple[int, int]] = {}  # by worker
         self.skipped = 0
@@ -51,6 +54,13 @@ class ImageData(LightningDataModule):
         for shards in (self.train, self.heldout):
             self._stream(shards, training=False).check()
 
+    def origins(self) -> list[dict[str, Any] | None]:
+        """Of the training and the held-out shards: see `lmc.triplets.triplet_origin`."""
+        for shards in (self.train, self.heldout):
+            if shards not in self._origins:
+                self._origins[shards] = triplet_origin(shards)
+        return [self._origins[shards] for shards in (self.train, self.heldout)]
+
     def train_dataloader(self) -> DataLoader:
         """Endless, shuffled; goes on where `load_state_dict` said."""
         stream = self._stream(self.train, training=True)
@@ -61,7 +71,9 @@ class ImageData(LightningDataModule):
         """The held-out images, each exactly once over all processes."""
         return self._loader(self._stream(self.heldout, training=False))
 
-    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+    def on_after_batch_transfer(
+        self, batch: ImageBatch | TripletBatch, dataloader_idx: int
+    ) -> ImageBatch | TripletBatch:
         """Keep count of what training has read, and say what was skipped."""
         if self.trainer is not None and self.trainer.training:
             worker, *position = batch.position
@@ -88,20 +100,18 @@ class ImageData(LightningDataModule):
             self.batches_read = state_dict["ranks"][rank]["batches_read"]
             self.positions = state_dict["ranks"][rank]["positions"]
 
-    def _stream(self, shards: str, training: bool) -> ImageStream:
-        rank, world_size = 0, 1
+    def _stream(self, shards: str, training: bool) -> ShardStream:
+        model: Any = None
+        order: dict[str, int] = {"seed": self.seed, "shuffle": self.shuffle}
         if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        return ImageStream(
-            shards,
-            self.image_size,
-            self.batch_size,
-            training,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            rank=rank,
-            world_size=world_size,
-        )
+            model = self.trainer.lightning_module
+            order |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        # To any other model, triplets of a pixel prior are shards of images like others.
+        if getattr(model, "takes_triplets", False):
+            self.origins()
+            if self._origins[shards] is not None:
+                return TripletStream(shards, self.batch_size, training, **order)
+        return ImageStream(shards, self.image_size, self.batch_size, training, **order)
 
-    def _loader(self, stream: ImageStream) -> DataLoader:
+    def _loader(self, stream: ShardStream) -> DataLoader:
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
