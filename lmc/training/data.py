@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lmc.images import ImageBatch, ImageStream
+from lmc.training.processes import shield_worker
 
 
 class ImageData(LightningDataModule):
@@ -104,4 +105,9 @@ class ImageData(LightningDataModule):
         )
 
     def _loader(self, stream: ImageStream) -> DataLoader:
-        return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=shield_worker,
+        )
