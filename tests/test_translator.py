@@ -48,4 +48,6 @@ def test_blend_survives_a_release(tmp_path):
     image = torch.rand(1, 3, 16, 16)
     again = Translator.from_pretrained(tmp_path)
     assert again.blend
-    torch.testing.assert_close(again(image, torch.tensor([1])), translator(image, torch.tensor([1])))
+    torch.testing.assert_close(
+        again(image, torch.tensor([1])), translator(image, torch.tensor([1]))
+    )

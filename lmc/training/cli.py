@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lmc.training import dry_run, processes
 from lmc.training.base import TrainingModule
@@ -77,7 +78,9 @@ class TrainingCLI(LightningCLI):
         run = Path(self._get(self.config, "run"))
         every = self._get(self.config, "save_every")
         model_class: Any = self.model_class
-        print(dry_run.report(model_class, config, run, every), flush=True)
+        text = dry_run.report(model_class, config, run, every)
+        if getattr(rank_zero_only, "rank", 0) == 0:  # under torchrun, say
+            print(text, flush=True)
         raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

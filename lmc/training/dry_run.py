@@ -87,6 +87,16 @@ def report(
     return "\n".join(f"{name:<13}{text}" for name, text in lines)
 
 
+class Unread:
+    """A prior without its identity, which takes a digest of the weights."""
+
+    def __init__(self, prior: Any) -> None:
+        self._prior, self.identity = prior, dict[str, Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._prior, name)
+
+
 def build_prior(config: Mapping[str, Any]) -> tuple[Any, str]:
     """The prior, or None and why it cannot be had here. Constructing it loads no weights."""
     try:
@@ -99,12 +109,9 @@ def build_model(
     model_class: type[TrainingModule], config: Mapping[str, Any], prior: Any
 ) -> TrainingModule:
     """The training module with its network on the meta device, for the sake of its sizes."""
-    # The identity holds a digest of the weights; the loss may load a corrector's.
-    known = prior or SimpleNamespace(channels=3)
-    stand_in = SimpleNamespace(channels=known.channels, identity={})
-    given = {**config, "prior": stand_in}
+    given = {**config, "prior": Unread(prior or SimpleNamespace(channels=3, latent=False))}
     if "loss" in given:
-        given["loss"] = SimpleNamespace()
+        given["loss"] = SimpleNamespace()  # it may load a corrector's weights
     with torch.device("meta"):
         return model_class(**given)
 
