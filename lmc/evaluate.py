@@ -70,7 +70,8 @@ def power_spectrum(image: Tensor) -> Tensor:
     ring = torch.hypot(f[:, None], f).round().long().flatten()
     rings = torch.arange(1, size // 2 + 1, device=image.device)
     member = (ring == rings[:, None]).to(power.dtype)
-    return power @ member.T / member.sum(1)
+    with torch.autocast(image.device.type, enabled=False):  # powers span many orders of magnitude
+        return power @ member.T / member.sum(1)
 
 
 def spectrum_error(spectrum: Tensor, source: Tensor) -> Tensor:

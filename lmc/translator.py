@@ -42,8 +42,8 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         self.unet = UNet(3 + ENCODING, 3, widths, norm, bounded=not residual)
         self.residual = residual
         if residual:
-            nn.init.zeros_(self.unet.last.weight)
-            nn.init.zeros_(self.unet.last.bias)
+            for parameter in self.unet.last.parameters():
+                nn.init.zeros_(parameter)
 
     def class_ids(self, names: Sequence[str]) -> Tensor:
         """The ids of target classes by name, int64 (len(names),).

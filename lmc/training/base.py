@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -30,6 +30,9 @@ class TrainingModule(LightningModule):
 
     The prior, being frozen, is no part of the module: not in its state, nor its average, nor DDP.
 
+    Attributes:
+        paper_batch: the effective batch of the paper, over all processes.
+
     Args:
         network: what is trained.
         optimizer: Adam's learning rate and its decay.
@@ -38,6 +41,8 @@ class TrainingModule(LightningModule):
         check_every: steps between looks at whether all gradients were finite (a look waits for
             the device).
     """
+
+    paper_batch: ClassVar[int]
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Stage one: train the corrector b̂_ψ on triplets of a prior [LMC, Sec. 4]."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class CorrectorTraining(TrainingModule):
     """
 
     takes_triplets = True
+    paper_batch = 128
 
     def __init__(
         self,
@@ -98,12 +100,19 @@ class CorrectorTraining(TrainingModule):
         """Whether training or held-out data are images."""
         return None in self._origins()
 
-    def triplets(self, batch: ImageBatch | TripletBatch, generator: torch.Generator) -> Triplets:
-        """The triplets of a batch; those of images are sampled, at the prior's resolution."""
+    def triplets(self, batch: ImageBatch | TripletBatch, *generators: torch.Generator) -> Triplets:
+        """The triplets of a batch; those of images are sampled, at the prior's resolution.
+
+        Args:
+            batch: of triplets, which are given back, or of images.
+            generators: of t and eps: one of the batch, or one an image.
+        """
         if isinstance(batch, TripletBatch):
             return batch
-        z = self.prior.encode(resize(batch.image, self.prior.image_size))
-        t, eps = draw_t_and_eps(z, generator, self.time_range)
+        z = self.prior.encode(resize(batch.image, self.prior.image_size)).float()
+        parts = zip(z.tensor_split(len(generators)), generators, strict=True)
+        draws = [draw_t_and_eps(part, generator, self.time_range) for part, generator in parts]
+        t, eps = (torch.cat(drawn) for drawn in zip(*draws, strict=True))
         return sample_triplets(self.prior, z, t, eps, self.null.expand(len(z)))
 
     def training_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> Tensor:
@@ -117,15 +126,16 @@ class CorrectorTraining(TrainingModule):
         return losses.mean()
 
     def on_validation_epoch_start(self) -> None:
-        """Start the held-out errors afresh, with the same noise every time."""
+        """Start the held-out errors afresh."""
         self.errors = CorrectorErrors().to(self.device)
-        self.heldout_generator = torch.Generator(self.device).manual_seed(self.global_rank)
 
     def validation_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> None:
         """Held-out L_k of the averaged weights, and of the identity beside it."""
         if not batch.key:
             return
-        x = self.triplets(batch, self.heldout_generator)
+        # An image's noise follows from its key: the same every time and however many processes
+        # share the images.
+        x = self.triplets(batch, *(key_generator(key, self.device) for key in batch.key))
         averaged: Any = self.averaged
         b = averaged.correct(x.z, x.t, x.z_hat)
         self.errors.update(x.z, x.z_hat, b)
@@ -144,4 +154,10 @@ class CorrectorTraining(TrainingModule):
     def on_validation_epoch_end(self) -> None:
         """Log the errors over all held-out images of all processes."""
         for name, value in self.errors.compute().items():
-            self.log(f"heldout/{name}", value, rank_zero_only=True)
+            self.log(f"heldout/{name}", value, sync_dist=True)  # equal on all already
+
+
+def key_generator(key: str, device: torch.device) -> torch.Generator:
+    """The randomness of one held-out image: follows from its key alone."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

@@ -37,6 +37,9 @@ class Progress(Callback):
                 f"steps {trainer.global_step} to {trainer.max_steps}",
                 flush=True,
             )
+            assert isinstance(pl_module, TrainingModule)
+            if note := batch_note(self.batch, pl_module.paper_batch, pl_module.adam.lr):
+                print(note, flush=True)
         self.began = self.last = time.monotonic()
         self.first = trainer.global_step
 
@@ -127,6 +130,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"cannot write the checkpoint {path} ({error}); {free / 1e6:.0f} MB are free; "
                 f"{kept}"
             ) from error
+
+
+def batch_note(batch: int, paper: int, lr: float) -> str:
+    """What there is to say of an effective `batch` that is not the paper's; '' where it is."""
+    if batch == paper:
+        return ""
+    return (
+        f"the paper's effective batch is {paper}, not {batch}; the learning rate stays the "
+        f"configured {lr:g}, nothing rescales it"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -1,13 +1,19 @@
 """The command line of both training scripts: one YAML, one run folder, resumed by itself."""
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
+from lmc.training import dry_run, processes
+from lmc.training.base import TrainingModule
 from lmc.training.callbacks import AtomicCheckpointIO, CheckFinite, Progress, SaveLast
 from lmc.training.data import ImageData
 
@@ -15,7 +21,8 @@ from lmc.training.data import ImageData
 class TrainingCLI(LightningCLI):
     """LightningCLI with a run folder: config.yaml, TensorBoard events, checkpoints/last.ckpt."""
 
-    def __init__(self, model_class: type[LightningModule], args: ArgsType = None) -> None:
+    def __init__(self, model_class: type[TrainingModule], args: ArgsType = None) -> None:
+        processes.watch_launcher()
         super().__init__(
             model_class,
             ImageData,
@@ -47,15 +54,42 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--save_every", type=int, default=1000, help="steps between checkpoints"
         )
+        parser.add_argument(
+            "--dry_run",
+            "--dry-run",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="say what the training would do and need, and leave before it",
+        )
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Report and leave, where that is all that is asked for.
+
+        Raises:
+            SystemExit: with status 0, after the report.
+        """
+        if not self._get(self.config, "dry_run"):
+            return
+        config = {key: plain(self._get(self.config, key)) for key in ("model", "data", "trainer")}
+        run = Path(self._get(self.config, "run"))
+        every = self._get(self.config, "save_every")
+        model_class: Any = self.model_class
+        text = dry_run.report(model_class, config, run, every)
+        if getattr(rank_zero_only, "rank", 0) == 0:  # under torchrun, say
+            print(text, flush=True)
+        raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs and saves into the run folder."""
         run = Path(self._get(self.config, "run"))
         try:
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            probe = run / "checkpoints" / ".writable"
+            # Named by process: several ranks look at once.
+            probe = run / "checkpoints" / f".writable-{socket.gethostname()}-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -69,8 +103,22 @@ class TrainingCLI(LightningCLI):
             raise ValueError("trainer.max_steps must say how many steps to train")
         every = self._get(self.config, "save_every")
         callbacks: Any = trainer
-        callbacks.callbacks += [CheckFinite(), Progress(), SaveLast(self.checkpoint, every)]
+        callbacks.callbacks += [
+            processes.EndTogether(),
+            CheckFinite(),
+            Progress(),
+            SaveLast(self.checkpoint, every),
+            processes.LeaveOnSignal(self.checkpoint),
+        ]
         return trainer
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, in all processes."""
+        processes.announce_launcher(self.trainer)
+        try:
+            self.trainer.fit(**kwargs)
+        finally:
+            processes.wait_for_children(self.trainer)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -79,9 +127,15 @@ class TrainingCLI(LightningCLI):
             step = torch.load(self.checkpoint, weights_only=True, mmap=True)["global_step"]
             kwargs["ckpt_path"] = str(self.checkpoint)
             done = step >= self.trainer.max_steps
-            print(
-                f"{self.checkpoint.parent.parent}: "
-                + (f"all {step} steps are done" if done else f"going on after step {step}"),
-                flush=True,
-            )
+            if self.trainer.is_global_zero:
+                print(
+                    f"{self.checkpoint.parent.parent}: "
+                    + (f"all {step} steps are done" if done else f"going on after step {step}"),
+                    flush=True,
+                )
         return kwargs
+
+
+def plain(value: Any) -> Any:
+    """Nested namespaces as dicts."""
+    return value.as_dict() if isinstance(value, Namespace) else value

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lmc.images import ImageBatch, ImageStream, ShardStream
+from lmc.training.processes import shield_worker
 from lmc.triplets import TripletBatch, TripletStream, triplet_origin
 
 
@@ -114,4 +115,9 @@ class ImageData(LightningDataModule):
         return ImageStream(shards, self.image_size, self.batch_size, training, **order)
 
     def _loader(self, stream: ShardStream) -> DataLoader:
-        return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=shield_worker,
+        )

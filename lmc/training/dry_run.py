@@ -1,0 +1,291 @@
+"""What a training would do and need, said before any of it: `fit --config … --dry_run true`.
+
+No weights are loaded and nothing is written into the run folder. Where a prior comes from the hub,
+its small JSON files are fetched as far as they are not in the cache, like by any other run.
+"""
+
+import importlib
+import inspect
+import json
+import math
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from lightning.pytorch.cli import instantiate_class
+from safetensors import safe_open
+
+from lmc.images import expand_shards
+from lmc.training.base import TrainingModule
+
+# The fewest denoiser evaluations of an image and step, at guidance scales other than 1.
+EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3}
+ONE_BRANCH = ("sds", "dds", "pds")  # at guidance scale 1 they need the conditional half only
+DENOISERS, CODERS = ("unet", "transformer"), ("vae",)
+PARTS = (*DENOISERS, *CODERS, "text_encoder*", "tokenizer*", "scheduler")
+COUNTED = 100  # shards whose samples are counted; of more, the number is an estimate
+
+
+def report(
+    model_class: type[TrainingModule], config: Mapping[str, Any], run: Path, save_every: int
+) -> str:
+    """The report, one line a fact.
+
+    Args:
+        model_class: of the stage.
+        config: the parsed 'model', 'data' and 'trainer', as plain values.
+        run: the run folder.
+        save_every: steps between checkpoints.
+
+    Raises:
+        ValueError: of the model's constructor, or max_steps says no number of steps.
+    """
+    trainer, data = config["trainer"], config["data"]
+    if trainer["max_steps"] < 1:
+        raise ValueError("trainer.max_steps must say how many steps to train")
+    prior, missing = build_prior(config["model"]["prior"])
+    model = build_model(model_class, config["model"], prior)
+    size = sum(p.numel() for p in model.network.parameters())
+    ranks, how = processes(trainer)
+    batch = ranks * data["batch_size"] * trainer["accumulate_grad_batches"]
+    lines = [("dry run", "nothing is loaded, trained, or written into the run folder")]
+    kind = type(model.network).__name__
+    guess = "" if prior or "channels" not in _parameters(model.network) else ", at three channels"
+    lines.append(("network", f"{kind}, {size:,} parameters{guess}"))
+    lines += prior_lines(config["model"]["prior"], prior, missing)
+    corrector = _options(config["model"].get("loss")).get("corrector")
+    if isinstance(corrector, str):
+        lines.append(("corrector", f"{corrector}: {_corrector(corrector)}"))
+    for split in ("train", "heldout"):
+        lines.append((f"data.{split}", shards(data[split])))
+    lines.append(("steps", f"{trainer['max_steps']:,}"))
+    lines.append(
+        (
+            "batch",
+            f"{batch} = {ranks} processes ({how}) x {data['batch_size']} images x "
+            f"{trainer['accumulate_grad_batches']} accumulated; the paper's is "
+            f"{model.paper_batch}; nothing rescales the learning rate",
+        )
+    )
+    lines.append(("evaluations", evaluations(config["model"], batch * trainer["max_steps"])))
+    lines.append(("memory", memory(size, config["model"]["prior"], prior, ranks)))
+    lines.append(
+        (
+            "disk",
+            f"{nbytes(16 * size)} for the checkpoint, twice that while it is written, every "
+            f"{save_every:,} steps (weights, average, Adam's two moments)",
+        )
+    )
+    lines.append(("download", downloads(config["model"]["prior"])))
+    there = (run / "checkpoints" / "last.ckpt").exists()
+    lines.append(("run", f"{run}: " + ("a run is there and would go on" if there else "new")))
+    return "\n".join(f"{name:<13}{text}" for name, text in lines)
+
+
+class Unread:
+    """A prior without its identity, which takes a digest of the weights."""
+
+    def __init__(self, prior: Any) -> None:
+        self._prior, self.identity = prior, dict[str, Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._prior, name)
+
+
+def build_prior(config: Mapping[str, Any]) -> tuple[Any, str]:
+    """The prior, or None and why it cannot be had here. Constructing it loads no weights."""
+    try:
+        return instantiate_class((), dict(config)), ""
+    except FileNotFoundError as error:
+        return None, str(error)
+
+
+def build_model(
+    model_class: type[TrainingModule], config: Mapping[str, Any], prior: Any
+) -> TrainingModule:
+    """The training module with its network on the meta device, for the sake of its sizes."""
+    given = {**config, "prior": Unread(prior or SimpleNamespace(channels=3, latent=False))}
+    if "loss" in given:
+        given["loss"] = SimpleNamespace()  # it may load a corrector's weights
+    with torch.device("meta"):
+        return model_class(**given)
+
+
+def prior_lines(config: Mapping[str, Any], prior: Any, missing: str) -> list[tuple[str, str]]:
+    """What is known of the prior without its weights, and of the weights from their headers."""
+    options = _options(config)
+    name = f"{options.get('pretrained')} ({config['class_path']})"
+    if prior is None:
+        return [("prior", f"{name}: not here, so its size is not known: {missing}")]
+    about = [
+        f"{label} {getattr(prior, key)}"
+        for key, label in (("prediction_type", "predicts"), ("image_size", "image size"))
+        if hasattr(prior, key)
+    ]
+    about += [f"{prior.channels} channels", str(options.get("dtype", ""))]
+    lines = [("prior", f"{name}: " + ", ".join(filter(None, about)))]
+    for label, parts in (
+        ("denoiser", DENOISERS),
+        ("image coder", CODERS),
+        ("text encoder", ("text_encoder*",)),
+    ):
+        count, size, files = weights(prior, parts)
+        note = (
+            "; loaded for prompts that are not in the cache, then freed" if "text" in label else ""
+        )
+        if files:
+            lines.append(("", f"{label}: {count:,} parameters, {nbytes(size)} on disk{note}"))
+        elif label == "denoiser":
+            lines.append(("", "denoiser: its weights are not here"))
+    return lines
+
+
+def weights(prior: Any, parts: Iterable[str]) -> tuple[int, int, int]:
+    """(parameters, bytes on disk, files) of some parts of a pipeline, from the files' headers."""
+    folder = Path(getattr(prior, "folder", None) or os.devnull)
+    files = [file for part in parts for file in sorted(folder.glob(f"{part}/*.safetensors"))]
+    counts: dict[tuple[str, str], int] = {}  # fp16 and fp32 files may hold the same tensors
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                shape = tensors.get_slice(name).get_shape()
+                counts[file.parent.name, name] = torch.Size(shape).numel()
+    return sum(counts.values()), sum(file.stat().st_size for file in files), len(files)
+
+
+def shards(pattern: str) -> str:
+    """How many shards a pattern names, and the samples in those that are local tars."""
+    try:
+        found = expand_shards(pattern)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    local = [url for url in found if url.endswith(".tar") and Path(url).exists()]
+    if not local:
+        return f"{len(found)} shards, not local: their samples are not counted"
+    samples = sum(count_samples(url) for url in local[:COUNTED])
+    if len(local) > COUNTED:
+        samples = round(samples * len(local) / COUNTED)
+        return f"{len(found)} shards, about {samples:,} samples (the first {COUNTED} counted)"
+    return f"{len(found)} shards, {samples:,} samples"
+
+
+def count_samples(url: str) -> int:
+    """The samples in a shard: every one has a KEY.json."""
+    with tarfile.open(url) as tar:
+        return sum(member.name.endswith(".json") for member in tar)
+
+
+def processes(trainer: Mapping[str, Any]) -> tuple[int, str]:
+    """How many processes will train, and how that is known."""
+    devices, nodes = trainer["devices"], trainer["num_nodes"]
+    text = f"devices {devices}, nodes {nodes}"
+    if isinstance(devices, str) and devices not in ("auto", "-1"):
+        devices = len([d for d in devices.split(",") if d]) if "," in devices else int(devices)
+    if isinstance(devices, list):
+        devices = len(devices)
+    if devices in ("auto", "-1", -1):
+        gpus = 0 if trainer["accelerator"] == "cpu" else torch.cuda.device_count()
+        devices, text = max(1, gpus), f"{text}, {gpus} GPUs here"
+    return int(devices) * nodes, text
+
+
+def evaluations(model: Mapping[str, Any], images: int) -> str:
+    """The denoiser evaluations of a whole training on `images` images."""
+    each, what = per_image(model)
+    if each is None:
+        return f"not known of the loss {what}"
+    return f"{each * images:,} of the denoiser = {each} per image and step ({what}) x {images:,}"
+
+
+def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
+    """The denoiser evaluations of an image and step, and of what."""
+    if "loss" not in model:
+        return 1, "a triplet"
+    module, _, name = model["loss"]["class_path"].rpartition(".")
+    loss = getattr(importlib.import_module(module), name).name
+    options = _options(model["loss"])
+    each = EVALUATIONS.get(loss)
+    if loss == "ms_sds" and isinstance(options.get("steps"), int):
+        each = 2 * options["steps"]
+    if each is None:
+        return None, loss
+    if options.get("guidance_scale") == 1 and loss in ONE_BRANCH:
+        each //= 2
+    if model.get("every_class"):
+        classes = len(model["classes"])
+        return each * classes, f"{loss}, each image to {classes} classes"
+    return each, f"{loss}, at most" if loss == "nfsd" else loss
+
+
+def memory(size: int, config: Mapping[str, Any], prior: Any, ranks: int) -> str:
+    """Bytes a process needs for what does not depend on the batch."""
+    copies = 5 if ranks == 1 else 6  # weights, gradients, two moments, average; DDP's buckets
+    text = f"{nbytes(4 * copies * size)} for the network, its gradients, Adam and the average"
+    count = weights(prior, (*DENOISERS, *CODERS))[0] if prior else 0
+    if count:
+        dtype = getattr(torch, str(_options(config).get("dtype", "float32")))
+        text += f" + {nbytes(count * dtype.itemsize)} for the prior in {str(dtype)[6:]}"
+    else:
+        text += " + the prior (not known here)"
+    return f"{text}, in each process; activations are not estimated"
+
+
+def downloads(config: Mapping[str, Any]) -> str:
+    """The files of a hub id that a run would fetch."""
+    options = _options(config)
+    name, revision = str(options.get("pretrained")), options.get("revision")
+    if Path(name).is_dir():
+        return "nothing, the prior is a local folder"
+    try:
+        about = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=10)
+    except Exception as error:  # whatever the network or the hub has to say
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return f"cannot be known: the hub cannot be asked about {name} ({reason[0]})"
+    wanted = [
+        file
+        for file in about.siblings or []
+        if file.rfilename == "model_index.json"
+        or any(Path(file.rfilename).match(f"{part}/*") for part in PARTS)
+    ]
+    absent = [
+        file
+        for file in wanted
+        if not isinstance(try_to_load_from_cache(name, file.rfilename, revision=revision), str)
+    ]
+    if not absent:
+        return f"nothing, all {len(wanted)} files of {name} are in the cache"
+    size = sum(file.size or 0 for file in absent)
+    return f"at most {len(absent)} files of {name}, {nbytes(size)}: " + ", ".join(
+        f"{file.rfilename} {nbytes(file.size or 0)}"
+        for file in sorted(absent, key=lambda file: -(file.size or 0))[:5]
+    )
+
+
+def nbytes(count: int) -> str:
+    """A number of bytes as '31.4 MB'."""
+    if count < 1000:
+        return f"{count} bytes"
+    units = ("kB", "MB", "GB", "TB")
+    power = min(len(units), int(math.log10(count) / 3))
+    return f"{count / 1000**power:.1f} {units[power - 1]}"
+
+
+def _corrector(pretrained: str) -> str:
+    file = Path(pretrained) / "config.json"
+    if file.exists():
+        prior = json.loads(file.read_text()).get("prior", {})
+        return f"here, of the prior {prior.get('pretrained')}"
+    return "no such folder here; train and release it first, or it is fetched from the hub"
+
+
+def _options(config: Any) -> Mapping[str, Any]:
+    return (config or {}).get("init_args") or {}
+
+
+def _parameters(network: Any) -> Iterable[str]:
+    return inspect.signature(type(network)).parameters
