@@ -291,7 +291,7 @@ def _to_stored(
     """z as it will be read back, float32 (B, C, H, W) on the CPU, and the files that store it."""
     image = resize(batch.image.to(device), prior.image_size)
     z = prior.encode(image)
-    if prior.channels == 3 and torch.equal(z, image):
+    if not prior.latent:
         pixels = to_uint8(z).cpu()
         return from_uint8(pixels), [{"png": _png(one)} for one in pixels]
     half = z.to("cpu", torch.float16)

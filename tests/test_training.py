@@ -82,6 +82,16 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny_prior_folder, data, tmp_p
     assert one["ImageData"] == other["ImageData"]
 
 
+def test_plugins_of_the_user_stay(tiny_prior_folder, data, tmp_path):
+    args = worlds.bias_args(tiny_prior_folder, data, tmp_path, "--trainer.max_steps=1")
+    slurm = "lightning.pytorch.plugins.environments.SLURMEnvironment"
+    more = [f"--trainer.plugins={slurm}", "--trainer.plugins.auto_requeue=false"]
+    trainer = train_bias.main([*args, *more]).trainer
+    environment = trainer._accelerator_connector.cluster_environment
+    assert type(environment).__name__ == "SLURMEnvironment" and not environment.auto_requeue
+    assert type(trainer.strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
+
+
 @pytest.mark.parametrize("loss", ["SDS", "Cond", "DDS", "LMC"])
 def test_every_loss_trains_a_translator(tiny_prior_folder, data, corrector, tmp_path, loss):
     more = [f"--model.loss.init_args.corrector={corrector}"] if loss == "LMC" else []

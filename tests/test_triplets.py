@@ -128,6 +128,7 @@ class Echo:
 
     def __init__(self, channels: int = 3, scale: float = 1.0, seen: float = 1.0) -> None:
         self.channels, self.scale, self.seen = channels, scale, seen
+        self.latent = (channels, scale) != (3, 1.0)
         self.schedule = Schedule(torch.linspace(0.999, 0.01, 100, dtype=torch.float64))
         self.identity = {"pretrained": "echo", "digest": "0", "prediction_type": "sample"}
 

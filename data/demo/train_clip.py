@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from animals import CLASSES, caption, draw
+from loop import Loop
 
 SIZE = 64
 TEXT_LENGTH = 16
@@ -230,21 +230,8 @@ def main() -> None:
     std = torch.tensor(processor.image_processor.image_std)[:, None, None]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures")
 
-    state_file = args.out.with_suffix(".train.pt")
-    first, spent, log = 0, 0.0, []
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, spent, log = state["step"], state["seconds"], state["log"]
-        print(f"going on from step {first}")
-    start, losses = time.time() - spent, []
-    for step in range(first, args.steps):
-        random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        warm = min(1.0, (step + 1) / 100)
-        decay = 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * decay
+    loop = Loop(args, {"model": model}, optimizer, warm_up=100, log_every=50)
+    for _, random in loop:
         pick = torch.randint(len(pictures), (args.batch,), generator=random)
         x = augment(pictures[pick].float() / 127.5 - 1, random)
         # Nine distinct captions, not one per picture: equal captions must not repel each other.
@@ -256,26 +243,9 @@ def main() -> None:
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        losses.append(loss.item())
-        done = step + 1
-        if done % 50 == 0 or done == args.steps:
-            log.append([done, sum(losses) / len(losses)])
-            losses.clear()
-            seconds = time.time() - start
-            left = seconds / done * (args.steps - done)
-            print(
-                f"step {done}/{args.steps}  loss {log[-1][1]:.4f}  "
-                f"{done * args.batch / seconds:.0f} images/s  {left / 60:.0f} min left",
-                flush=True,
-            )
-        if done % args.save_every == 0 or done == args.steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": done, "log": log, "seconds": time.time() - start}
-            partial = state_file.with_suffix(".partial")
-            torch.save(state, partial)
-            os.replace(partial, state_file)
+        loop.record(loss)
 
-    seconds = time.time() - start
+    seconds = loop.seconds
     partial = args.out.with_name(args.out.name + ".partial")
     model.half().save_pretrained(partial)
     processor.save_pretrained(partial)
@@ -283,12 +253,12 @@ def main() -> None:
     for name, result in measured.items():
         print(name, json.dumps({k: round(v, 4) for k, v in result.items()}))
     report = {**{k: str(v) for k, v in vars(args).items()}, "seconds": seconds}
-    report |= {"zero_shot": measured, "log": log}
+    report |= {"zero_shot": measured, "log": loop.log}
     partial.joinpath("training.json").write_text(json.dumps(report, indent=1))
     if args.out.exists():
         shutil.rmtree(args.out)
     os.replace(partial, args.out)
-    state_file.unlink(missing_ok=True)
+    loop.finish()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ takes about an hour and a half on two CPU cores; stopped, it goes on with the sa
 
 import argparse
 import json
-import math
-import os
-import time
 from pathlib import Path
 
 import torch
@@ -24,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from animals import CLASSES, caption, draw
+from loop import Loop
 
 SIZE = 32
 TEXT_LENGTH = 77  # what IFPipeline pads every prompt to
@@ -164,21 +162,15 @@ def main() -> None:
     ids, mask = model.tokens([caption(i) for i in range(len(CLASSES))] + [""])
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures")
 
-    state_file = args.out.with_suffix(".train.pt")
-    first, spent, log = 0, 0.0, []
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            part.load_state_dict(state[name])
-        first, spent, log = state["step"], state["seconds"], state["log"]
-        print(f"going on from step {first}")
-    start, losses = time.time() - spent, []
-    for step in range(first, args.steps):
-        random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        warm = min(1.0, (step + 1) / 200)
-        decay = 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * decay
+    loop = Loop(
+        args,
+        {"model": model, "ema": ema},
+        optimizer,
+        warm_up=200,
+        log_every=100,
+        on_save=lambda: save(ema.module, scheduler, args.out),
+    )
+    for step, random in loop:
         pick = torch.randint(len(pictures), (args.batch,), generator=random)
         z = pictures[pick].float() / 127.5 - 1
         empty = torch.rand(args.batch, generator=random) < args.dropout
@@ -196,29 +188,10 @@ def main() -> None:
         # A running average that starts short, so that the first pictures are not those of step 0.
         ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (step + 1) / (step + 10)))
         ema.update_parameters(model)
-        losses.append(loss.item())
-        done = step + 1
-        if done % 100 == 0 or done == args.steps:
-            log.append([done, sum(losses) / len(losses)])
-            losses.clear()
-            seconds = time.time() - start
-            left = seconds / done * (args.steps - done)
-            print(
-                f"step {done}/{args.steps}  loss {log[-1][1]:.4f}  "
-                f"{done * args.batch / seconds:.0f} images/s  {left / 60:.0f} min left",
-                flush=True,
-            )
-        if done % args.save_every == 0 or done == args.steps:
-            save(ema.module, scheduler, args.out)
-            state = {"model": model.state_dict(), "ema": ema.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "step": done, "log": log}
-            state["seconds"] = time.time() - start
-            partial = state_file.with_suffix(".partial")
-            torch.save(state, partial)
-            os.replace(partial, state_file)
-    report = {**{k: str(v) for k, v in vars(args).items()}, "seconds": time.time() - start}
-    args.out.joinpath("training.json").write_text(json.dumps({**report, "log": log}, indent=1))
-    state_file.unlink(missing_ok=True)
+        loop.record(loss)
+    report = {**{k: str(v) for k, v in vars(args).items()}, "seconds": loop.seconds}
+    args.out.joinpath("training.json").write_text(json.dumps({**report, "log": loop.log}, indent=1))
+    loop.finish()
 
 
 if __name__ == "__main__":

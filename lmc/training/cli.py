@@ -97,7 +97,9 @@ class TrainingCLI(LightningCLI):
         self.checkpoint = run / "checkpoints" / "last.ckpt"
         kwargs["default_root_dir"] = run
         kwargs["logger"] = TensorBoardLogger(run, name="", version="")
-        kwargs["plugins"] = [AtomicCheckpointIO()]
+        given = self._get(self.config_init, "trainer")["plugins"] or []
+        given = given if isinstance(given, list) else [given]
+        kwargs["plugins"] = [*given, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must say how many steps to train")
