@@ -200,7 +200,8 @@ def test_wrong_configurations_are_named(tiny_prior_folder, data, tmp_path, capsy
         args = worlds.translator_args(tiny_prior_folder, data, tmp_path, loss, *more)
         return fails(capsys, train_translator.main, args)
 
-    assert "model.widhts" in message("--model.widhts=[8,8]")
+    misspelt = message("--model.widhts=[8,8]")
+    assert "model.widhts" in misspelt and len(misspelt.splitlines()) < 8, "not under all the keys"
     assert "NFSDX" in message(loss="NFSDX")
     assert "'cat'" in message("--model.classes=[cat,dog]")
     assert "distinct" in message("--model.classes=[dog,dog]")

@@ -38,6 +38,8 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
+            # In place of all keys there are, which would push an error out of sight.
+            parser_kwargs={"fit": {"usage": "%(prog)s --config FILE [--KEY VALUE ...]"}},
             args=args,
         )
 
