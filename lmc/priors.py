@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -578,6 +578,8 @@ class DiffusersPrior:
                 revision=self._commit or self.revision,
                 allow_patterns=list(patterns),
                 ignore_patterns=list(VARIANTS),
+                # Said here: huggingface_hub 1 asks the hub for a commit's files even offline.
+                local_files_only=constants.HF_HUB_OFFLINE,
             )
         except GatedRepoError as error:
             raise PermissionError(

@@ -571,7 +571,7 @@ def test_offline_what_was_not_downloaded_is_named_with_the_command(hub_cache):
 def test_all_parts_are_fetched_from_one_commit_and_no_more_than_is_needed(hub_cache, monkeypatch):
     asked = []
 
-    def download(repo, revision, allow_patterns, ignore_patterns):
+    def download(repo, revision, allow_patterns, ignore_patterns, local_files_only):
         asked.append((revision, allow_patterns))
         assert ignore_patterns == ["*fp16*", "*non_ema*"]
         return str(hub_cache)
