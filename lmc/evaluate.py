@@ -14,8 +14,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from lmc.corrector import Corrector, corrector_loss, normalise
 from lmc.images import ImageBatch, resize
 from lmc.priors import Prior
+from lmc.schedule import TIME_RANGE
 from lmc.translator import Translator
-from lmc.triplets import TIME_RANGE, draw_t_and_eps, sample_triplets
+from lmc.triplets import draw_t_and_eps, sample_triplets
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 

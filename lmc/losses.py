@@ -6,16 +6,31 @@ No gradient flows through the prior or the corrector.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lmc.corrector import Corrector, load_corrector
-from lmc.priors import Embedding, Prior
-from lmc.schedule import add_noise, guide
+from lmc.corrector import (
+    BiasCorrector,
+    Corrector,
+    IdentityCorrector,
+    Statistics,
+    load_corrector,
+)
+from lmc.priors import Embedding, LoraPrior, Prior
+from lmc.schedule import (
+    FallingTime,
+    FlowSchedule,
+    Schedule,
+    TimeSchedule,
+    UniformTime,
+    add_noise,
+    ddim_step,
+    guide,
+)
 
 Weighting = Literal["one", "dreamfusion", "sjc"]
 
@@ -30,7 +45,10 @@ class LossInputs:
         eps: the noise to add, as z.
         null: the unconditional embedding, B rows.
         target: embeddings of the target prompts, B rows.
-        z_source, source: the source images and their prompts' embeddings, for losses that compare.
+        z_source, source: the source images and their prompts' embeddings, for losses that compare
+            (`ScoreDistillation.needs_source`).
+        negative: of `ScoreDistillation.negative_prompt`, B rows, for losses that have one.
+        eps_fixed: as eps, but the same over the whole optimisation, for losses with `fixed_noise`.
     """
 
     z: Tensor
@@ -40,6 +58,8 @@ class LossInputs:
     target: Embedding
     z_source: Tensor | None = None
     source: Embedding | None = None
+    negative: Embedding | None = None
+    eps_fixed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +86,24 @@ class ScoreDistillation(ABC):
         chain_alpha: multiply by alpha_t, as the chain rule has it; many implementations do not.
         rescale: divide by ω, so that ω can vary without changing the gradient's size.
 
+    Attributes:
+        name: of the loss, as tables and messages say it.
+        needs_source: `LossInputs` must have z_source and source.
+        time: how t is drawn unless the user says otherwise.
+        learns: it has weights of its own, which `learn` trains.
+        negative_prompt: None, or the prompt whose embedding is `LossInputs.negative`.
+        fixed_noise: `LossInputs` must have eps_fixed.
+
     Raises:
-        ValueError: an unknown weighting, or rescaling at ω = 0.
+        ValueError: an unknown weighting, a negative ω, or rescaling at ω = 0.
     """
 
     name: ClassVar[str]
     needs_source: ClassVar[bool] = False
+    time: ClassVar[TimeSchedule] = UniformTime()
+    learns: ClassVar[bool] = False
+    negative_prompt: str | None = None
+    fixed_noise: bool = False
 
     def __init__(
         self,
@@ -83,13 +115,19 @@ class ScoreDistillation(ABC):
         if weighting not in get_args(Weighting):
             known = ", ".join(get_args(Weighting))
             raise ValueError(f"unknown weighting {weighting!r}; known are {known}")
+        if guidance_scale < 0:
+            raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
         if rescale and guidance_scale == 0:
             raise ValueError("guidance_scale 0 cannot be rescaled by 1/ω: set rescale to false")
         self.guidance_scale, self.weighting = guidance_scale, weighting
         self.chain_alpha, self.rescale = chain_alpha, rescale
 
     def prepare(self, prior: Prior, device: torch.device | str) -> None:  # noqa: B027
-        """Load and move what the loss has of its own, if any, and check that it fits `prior`."""
+        """Load and move what the loss has of its own, if any, and check that it fits `prior`.
+
+        Raises:
+            ValueError: it does not; see the losses.
+        """
 
     @abstractmethod
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
@@ -100,10 +138,16 @@ class ScoreDistillation(ABC):
         """The weighted gradient with respect to `x.z`.
 
         Raises:
-            ValueError: the loss compares with a source and `x` has none.
+            ValueError: `x` lacks what the loss needs: a source, a negative prompt, a fixed noise.
         """
-        if self.needs_source and (x.z_source is None or x.source is None):
-            raise ValueError(f"the loss {self.name!r} needs z_source and source")
+        needed = {
+            "z_source and source": self.needs_source and (x.z_source is None or x.source is None),
+            "negative": self.negative_prompt is not None and x.negative is None,
+            "eps_fixed": self.fixed_noise and x.eps_fixed is None,
+        }
+        for missing, is_missing in needed.items():
+            if is_missing:
+                raise ValueError(f"the loss {self.name!r} needs {missing}")
         alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
         weight = {
             "one": torch.ones_like(alpha_t),
@@ -116,6 +160,16 @@ class ScoreDistillation(ABC):
             weight = weight / self.guidance_scale
         terms = {name: weight * term for name, term in self.terms(prior, x).items()}
         return Gradient(torch.stack(list(terms.values())).sum(0), terms)
+
+    def learn(self, prior: Prior, x: LossInputs) -> None:  # noqa: B027
+        """One step of the loss's own weights, if it `learns`; `x` with t and eps drawn anew."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `learn` has learned, to go on from: plain types and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from another's `state_dict`; after `prepare`."""
 
 
 class SDS(ScoreDistillation):
@@ -152,32 +206,46 @@ class Cond(ScoreDistillation):
 class LMC(ScoreDistillation):
     """LMC-SDS: g = (b(z, t) − z_hat) + ω (eps_cond − eps_uncond) [LMC, Eq. 9].
 
-    z_hat is the unconditional estimate of the z_t that the guidance uses; b is in its normalised
-    space (Eq. 10).
+    z_hat is the unconditional estimate of the z_t that the guidance uses, or with `fixed_noise` of
+    its own; b is in its normalised space (Eq. 10).
 
     Args:
-        corrector: a `Corrector`, or the folder or hub id of a released one.
+        corrector: a corrector, the folder or hub id of a released one, or 'identity' (b̂ = z).
         guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
+        fixed_noise: the same eps over the whole optimisation in the guidance, a fresh one in
+            b − z_hat: diverse results [LMC, Sec. 4]. Three evaluations in place of two.
+        statistics: of Eq. 10, in place of the corrector's own.
+        keep_ratio: multiply b − z_hat by alpha_t / sigma_t, which Eq. 9 drops from Eq. 7.
 
     Raises:
         FileNotFoundError: there is no such corrector.
+        ValueError: unknown statistics.
     """
 
     name = "lmc"
 
     def __init__(
         self,
-        corrector: str | Corrector,
+        corrector: str | BiasCorrector,
         guidance_scale: float = 15.0,
         weighting: Weighting = "one",
         chain_alpha: bool = True,
         rescale: bool = True,
+        fixed_noise: bool = False,
+        statistics: Statistics | None = None,
+        keep_ratio: bool = False,
     ) -> None:
         super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        if statistics not in (None, *get_args(Statistics)):
+            known = ", ".join(get_args(Statistics))
+            raise ValueError(f"unknown statistics {statistics!r}; known are {known}")
         # At once, small as it is: a wrong name must not be found out after the prior is loaded.
         if isinstance(corrector, str):
-            corrector = load_corrector(corrector)
+            corrector = (
+                IdentityCorrector() if corrector == "identity" else load_corrector(corrector)
+            )
         self.corrector = corrector.eval().requires_grad_(False)
+        self.fixed_noise, self.statistics, self.keep_ratio = fixed_noise, statistics, keep_ratio
 
     def prepare(self, prior: Prior, device: torch.device | str) -> None:
         """Check that `prior` is the corrector's own, and move the corrector.
@@ -186,15 +254,27 @@ class LMC(ScoreDistillation):
             ValueError: it was trained on another prior.
         """
         self.corrector.check_prior(prior.identity)
-        self.corrector.to(device).to(memory_format=torch.channels_last)
+        self.corrector.to(device)
+        if isinstance(self.corrector, Corrector):
+            self.corrector.to(memory_format=torch.channels_last)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         z_t = _noisy(prior, x.z, x)
-        (eps_uncond, z_hat), (eps_cond, _) = _predict(prior, x.t, (z_t, x.null), (z_t, x.target))
-        return {
-            "cond": self.guidance_scale * (eps_cond - eps_uncond),
-            "lmc": self.corrector.correct(x.z, x.t, z_hat) - z_hat,
-        }
+        if self.fixed_noise:
+            assert x.eps_fixed is not None
+            z_t_fixed = _noisy(prior, x.z, replace(x, eps=x.eps_fixed))
+            (_, z_hat), (eps_uncond, _), (eps_cond, _) = _predict(
+                prior, x.t, (z_t, x.null), (z_t_fixed, x.null), (z_t_fixed, x.target)
+            )
+        else:
+            (eps_uncond, z_hat), (eps_cond, _) = _predict(
+                prior, x.t, (z_t, x.null), (z_t, x.target)
+            )
+        g_lmc = self.corrector.correct(x.z, x.t, z_hat, self.statistics) - z_hat
+        if self.keep_ratio:
+            alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
+            g_lmc = alpha_t / sigma_t * g_lmc
+        return {"cond": self.guidance_scale * (eps_cond - eps_uncond), "lmc": g_lmc}
 
 
 class DDS(ScoreDistillation):
@@ -207,21 +287,311 @@ class DDS(ScoreDistillation):
     needs_source = True
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        assert x.z_source is not None and x.source is not None
-        z_t, z_src_t = _noisy(prior, x.z, x), _noisy(prior, x.z_source, x)
-        if self.guidance_scale == 1:
-            (eps, _), (eps_src, _) = _predict(prior, x.t, (z_t, x.target), (z_src_t, x.source))
-            return {"delta": eps - eps_src}
-        (eps_u, _), (eps_c, _), (src_u, _), (src_c, _) = _predict(
-            prior,
-            x.t,
-            (z_t, x.null),
-            (z_t, x.target),
-            (z_src_t, x.null),
-            (z_src_t, x.source),
+        target, source = _guided_pair(prior, x, self.guidance_scale)
+        return {"delta": target - source}
+
+
+NEGATIVE_PROMPT = (
+    "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
+    "low-resolution, gloomy"
+)
+
+
+class NFSD(ScoreDistillation):
+    """Noise-Free Score Distillation [Katzir et al., Eq. 9].
+
+    g = δ_D + ω (eps_cond − eps_uncond);  δ_D = eps_uncond where t < 0.2, else
+    eps_uncond − eps(z_t, y_negative)
+
+    Args:
+        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
+        negative_prompt: y_negative; '' is the unconditional prompt, with which δ_D is 0.
+
+    Raises:
+        ValueError: negative_prompt is None.
+    """
+
+    name = "nfsd"
+
+    def __init__(
+        self,
+        guidance_scale: float = 15.0,
+        weighting: Weighting = "one",
+        chain_alpha: bool = True,
+        rescale: bool = True,
+        negative_prompt: str | None = NEGATIVE_PROMPT,
+    ) -> None:
+        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        if negative_prompt is None:
+            raise ValueError("nfsd needs a negative_prompt; an empty one ('') is one too")
+        self.negative_prompt = negative_prompt
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        assert x.negative is not None
+        z_t, scale = _noisy(prior, x.z, x), self.guidance_scale
+        late = (x.t >= 0.2).nonzero().flatten()
+        # One call: the target's and, unless ω = 1 cancels it, the null prompt's of all samples,
+        # the negative prompt's of the late ones.
+        prompts = [x.target] if scale == 1 else [x.target, x.null]
+        count, branches = len(z_t), len(prompts)
+        eps, _ = prior.predict(
+            torch.cat([*[z_t] * branches, z_t[late]]),
+            torch.cat([*[x.t] * branches, x.t[late]]),
+            Embedding.cat([*prompts, x.negative[late]]),
         )
-        scale = self.guidance_scale
-        return {"delta": guide(eps_u, eps_c, scale) - guide(src_u, src_c, scale)}
+        negative = torch.zeros_like(z_t).index_copy(0, late, eps[branches * count :])
+        eps_cond = eps[:count]
+        if scale == 1:
+            return {"guided": eps_cond - negative}
+        eps_uncond = eps[count : 2 * count]
+        return {"cond": scale * (eps_cond - eps_uncond), "domain": eps_uncond - negative}
+
+
+class MSSDS(ScoreDistillation):
+    """Multi-step SDS: `z` against a guided DDIM sample from z_t [SparseFusion, Sec. 3.3].
+
+    g = alpha_t / sigma_t (z − ẑ), ẑ in `steps` even, deterministic steps from z_t to t = 0, where
+    the image is clean (ᾱ = 1). The weight alpha_t / sigma_t is that of Eq. 7, so that one step is
+    SDS; SparseFusion's is another.
+
+    Args:
+        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
+        steps: K; costs 2 K evaluations, one after the other.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+
+    name = "ms_sds"
+
+    def __init__(
+        self,
+        guidance_scale: float = 15.0,
+        weighting: Weighting = "one",
+        chain_alpha: bool = True,
+        rescale: bool = True,
+        steps: int = 5,
+    ) -> None:
+        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.steps = steps
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        z_s = _noisy(prior, x.z, x)
+        for i in range(self.steps, 0, -1):
+            here, there = (_clean_at_zero(prior, x.t * (j / self.steps), z_s) for j in (i, i - 1))
+            eps = _guided(prior, z_s, x.t * (i / self.steps), x, self.guidance_scale)
+            z_s = ddim_step(z_s, eps, here, there)
+        alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
+        return {"multi_step": alpha_t / sigma_t * (x.z - z_s)}
+
+
+class PDS(ScoreDistillation):
+    """Posterior Distillation Sampling [Koo et al., Eq. 9]: stochastic latents compared.
+
+    g = ẑ_target − ẑ_source,  ẑ = (z_s − μ(z_t, z_hat)) / σ_post
+
+    z_t and z_s of either image have the same eps and eps'; z_hat is of the guided prediction; μ and
+    σ_post are of DDPM's posterior q(z_s | z_t, z_hat). This is the paper's form, with the
+    coefficients of one consistent pair: s is the index below t on the prior's own grid. The term
+    in z − z_source then vanishes and what is left is DDS with the weight μ's z_hat has. (The
+    authors' code has s two steps below with the coefficients of one, which leaves such a term.)
+
+    Args:
+        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
+    """
+
+    name = "pds"
+    needs_source = True
+
+    def prepare(self, prior: Prior, device: torch.device | str) -> None:
+        """Refuse a flow prior.
+
+        Raises:
+            ValueError: the posterior is not defined for `prior`'s schedule.
+        """
+        if isinstance(prior.schedule, FlowSchedule):
+            raise ValueError(
+                "the loss 'pds' needs a variance-preserving (DDPM) prior: q(z_s | z_t, z_hat) is "
+                "not defined for a flow prior"
+            )
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        self.prepare(prior, x.z.device)
+        assert x.z_source is not None and x.source is not None
+        assert isinstance(prior.schedule, Schedule)
+        grid = prior.schedule.alphas_cumprod.to(x.z.device).double()
+        index = prior.schedule.timestep(x.t)
+        bar_t = grid[index].view(-1, 1, 1, 1)
+        # Below the grid's first index the image is clean.
+        bar_s = torch.where(index > 0, grid[index - 1], 1.0).view(-1, 1, 1, 1)
+        beta = 1 - bar_t / bar_s
+        of_z_hat = bar_s.sqrt() * beta / (1 - bar_t)
+        of_z_t = (1 - beta).sqrt() * (1 - bar_s) / (1 - bar_t)
+        post = ((1 - bar_s) / (1 - bar_t) * beta).sqrt()
+        if not post.all():
+            raise ValueError(
+                "the loss 'pds' is not defined at the first index of the grid: raise t"
+            )
+        alpha_t, sigma_t = prior.schedule.coefficients(x.t, torch.float64)
+        latents = []
+        for z, eps in zip(
+            (x.z, x.z_source), _guided_pair(prior, x, self.guidance_scale), strict=True
+        ):
+            z_t = alpha_t * z + sigma_t * x.eps
+            z_hat = (z_t - sigma_t * eps) / alpha_t
+            # eps' is the same for both images and cancels: z_s without it.
+            latents.append((bar_s.sqrt() * z - of_z_hat * z_hat - of_z_t * z_t) / post)
+        return {"delta": (latents[0] - latents[1]).to(x.z.dtype)}
+
+
+class VSD(ScoreDistillation):
+    """Variational Score Distillation [ProlificDreamer, Eq. 9].
+
+    g = eps_guided(z_t, y) − eps_LoRA(z_t, y, t)
+
+    The LoRA on the frozen denoiser is trained beside on the images of the moment with the plain
+    diffusion loss ‖eps_LoRA(z_t, y, t) − eps‖² (`learn`).
+
+    Args:
+        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
+        lora_rank: of every attention projection.
+        lora_lr: AdamW's learning rate of the LoRA.
+    """
+
+    name = "vsd"
+    learns = True
+
+    def __init__(
+        self,
+        guidance_scale: float = 15.0,
+        weighting: Weighting = "one",
+        chain_alpha: bool = True,
+        rescale: bool = True,
+        lora_rank: int = 4,
+        lora_lr: float = 1e-4,
+    ) -> None:
+        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        if lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
+        self.lora_rank, self.lora_lr = lora_rank, lora_lr
+
+    def prepare(self, prior: Prior, device: torch.device | str) -> None:
+        """Give the prior's denoiser its LoRA, the same in all processes.
+
+        Raises:
+            ValueError: the prior cannot take one.
+        """
+        if not isinstance(prior, LoraPrior):
+            raise ValueError(
+                f"the loss 'vsd' needs a prior with add_lora and predict_lora (`LoraPrior`); "
+                f"{type(prior).__name__} has not"
+            )
+        prior.to(device)
+        self.lora = prior.add_lora(self.lora_rank)
+        if torch.distributed.is_initialized():
+            for weight in self.lora.values():
+                torch.distributed.broadcast(weight.data, 0)
+        self.optimizer = torch.optim.AdamW(self.lora.values(), lr=self.lora_lr)
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        assert isinstance(prior, LoraPrior)
+        z_t, scale = _noisy(prior, x.z, x), self.guidance_scale
+        eps_lora, _ = prior.predict_lora(z_t, x.t, x.target)
+        if scale == 1:
+            ((eps_cond, _),) = _predict(prior, x.t, (z_t, x.target))
+            return {"guided": eps_cond - eps_lora}
+        (eps_uncond, _), (eps_cond, _) = _predict(prior, x.t, (z_t, x.null), (z_t, x.target))
+        return {"cond": scale * (eps_cond - eps_uncond), "variational": eps_uncond - eps_lora}
+
+    def learn(self, prior: Prior, x: LossInputs) -> None:
+        """A step on ‖eps_LoRA(z_t, y, t) − eps‖², mean over pixels, batch and processes."""
+        assert isinstance(prior, LoraPrior)
+        with torch.enable_grad():
+            eps_lora, _ = prior.predict_lora(_noisy(prior, x.z, x), x.t, x.target)
+            loss = (eps_lora - x.eps).square().mean()
+            gradients = torch.autograd.grad(loss, list(self.lora.values()))
+        for weight, gradient in zip(self.lora.values(), gradients, strict=True):
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(gradient)
+                gradient = gradient / torch.distributed.get_world_size()
+            weight.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        lora = {name: weight.detach().clone() for name, weight in self.lora.items()}
+        return {"lora": lora, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another's `state_dict`.
+
+        Raises:
+            ValueError: it is of another LoRA.
+        """
+        there = {name: tuple(weight.shape) for name, weight in state.get("lora", {}).items()}
+        if there != {name: tuple(weight.shape) for name, weight in self.lora.items()}:
+            raise ValueError("the checkpoint's LoRA is of another prior or lora_rank than this one")
+        with torch.no_grad():
+            for name, weight in self.lora.items():
+                weight.copy_(state["lora"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class SDI(ScoreDistillation):
+    """Score Distillation via Inversion [Lukoianov et al., Eq. 12]: SDS with inverted noise.
+
+    g = sigma_t / alpha_t (eps_guided(z_t) − κ) = z − z_hat,  z_t = alpha_t z + sigma_t κ
+
+    z_t comes from DDIM inversion of z with a negative guidance scale; nothing of it is random.
+    alpha_t is in g already, so `chain_alpha` is false by default.
+
+    Args:
+        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
+        inversion_guidance_scale: ω of the inversion.
+        inversion_steps: from t = 0 to 1; up to t it takes int(inversion_steps · t), at least one,
+            of two evaluations each.
+
+    Raises:
+        ValueError: fewer than one step; or, when called, more than one t in the batch.
+    """
+
+    name = "sdi"
+    time = FallingTime(jitter=1 / 30)
+
+    def __init__(
+        self,
+        guidance_scale: float = 7.5,
+        weighting: Weighting = "one",
+        chain_alpha: bool = False,
+        rescale: bool = True,
+        inversion_guidance_scale: float = -7.5,
+        inversion_steps: int = 10,
+    ) -> None:
+        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        if inversion_steps < 1:
+            raise ValueError(f"inversion_steps must be at least 1, got {inversion_steps}")
+        self.inversion_guidance_scale = inversion_guidance_scale
+        self.inversion_steps = inversion_steps
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        if not torch.equal(x.t, x.t[:1].expand_as(x.t)):
+            raise ValueError(
+                "the loss 'sdi' needs one t for the whole batch, since it inverts up to t: use a "
+                "time schedule such as FallingTime"
+            )
+        # The tolerance is for t = 0.7 in float32, which is a little less.
+        steps = max(1, int(self.inversion_steps * x.t[0].item() + 1e-4))
+        z_s = x.z
+        for i in range(steps):
+            here, there = (_clean_at_zero(prior, x.t * (j / steps), z_s) for j in (i, i + 1))
+            eps = _guided(prior, z_s, x.t * (i / steps), x, self.inversion_guidance_scale)
+            z_s = ddim_step(z_s, eps, here, there)
+        alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
+        kappa = (z_s - alpha_t * x.z) / sigma_t
+        eps = _guided(prior, z_s, x.t, x, self.guidance_scale)
+        return {"inverted": sigma_t / alpha_t * (eps - kappa)}
 
 
 def surrogate(z: Tensor, gradient: Tensor) -> Tensor:
@@ -246,3 +616,36 @@ def _predict(
         Embedding.cat([embedding for _, embedding in queries]),
     )
     return list(zip(eps.chunk(len(queries)), z_hat.chunk(len(queries)), strict=True))
+
+
+def _guided(prior: Prior, z_t: Tensor, t: Tensor, x: LossInputs, scale: float) -> Tensor:
+    """eps_guided(z_t, y_target): one call, of one evaluation at ω = 1."""
+    if scale == 1:
+        return prior.predict(z_t, t, x.target)[0]
+    (eps_uncond, _), (eps_cond, _) = _predict(prior, t, (z_t, x.null), (z_t, x.target))
+    return guide(eps_uncond, eps_cond, scale)
+
+
+def _guided_pair(prior: Prior, x: LossInputs, scale: float) -> tuple[Tensor, Tensor]:
+    """eps_guided of the image with its prompt and of the source with its own, in one call."""
+    assert x.z_source is not None and x.source is not None
+    z_t, z_src_t = _noisy(prior, x.z, x), _noisy(prior, x.z_source, x)
+    if scale == 1:
+        (eps, _), (eps_src, _) = _predict(prior, x.t, (z_t, x.target), (z_src_t, x.source))
+        return eps, eps_src
+    (eps_u, _), (eps_c, _), (src_u, _), (src_c, _) = _predict(
+        prior,
+        x.t,
+        (z_t, x.null),
+        (z_t, x.target),
+        (z_src_t, x.null),
+        (z_src_t, x.source),
+    )
+    return guide(eps_u, eps_c, scale), guide(src_u, src_c, scale)
+
+
+def _clean_at_zero(prior: Prior, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha_t, sigma_t), but exactly (1, 0) at t = 0, where a DDPM grid has a little noise."""
+    alpha_t, sigma_t = prior.schedule.coefficients(t, like.dtype)
+    clean = (t == 0).view(-1, 1, 1, 1)
+    return alpha_t.masked_fill(clean, 1.0), sigma_t.masked_fill(clean, 0.0)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -92,6 +92,19 @@ class Prior(Protocol):
 
     def predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
         """(eps, z_hat) for noisy z_t (B, C, H, W) at times t (B,): fp32 or wider, no gradient."""
+        ...
+
+
+@runtime_checkable
+class LoraPrior(Prior, Protocol):
+    """A prior whose denoiser can have a LoRA beside its frozen weights, as VSD needs."""
+
+    def add_lora(self, rank: int) -> dict[str, torch.nn.Parameter]:
+        """Add a LoRA that changes nothing yet; its weights by name. `predict` never uses it."""
+        ...
+
+    def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
+        """`predict` with the LoRA; differentiable in its weights."""
         ...
 
 
@@ -356,6 +369,53 @@ class DiffusersPrior:
         Raises:
             RuntimeError: `to` was not called.
         """
+        return self._predict(z_t, t, embedding)
+
+    def add_lora(self, rank: int) -> dict[str, torch.nn.Parameter]:
+        """Add a LoRA to the denoiser's attention projections; one that is there is replaced.
+
+        Args:
+            rank: of the LoRA; its scale is 1.
+
+        Returns:
+            The LoRA's weights by name, float32; untrained they change nothing.
+
+        Raises:
+            RuntimeError: `to` was not called.
+            ValueError: the denoiser has no attention.
+        """
+        from peft import LoraConfig
+
+        denoiser = self._loaded(self._denoiser)
+        if "lora" in getattr(denoiser, "peft_config", {}):
+            denoiser.delete_adapters("lora")
+        names = ("to_q", "to_k", "to_v", "to_out.0")
+        try:
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names))
+            denoiser.add_adapter(config, adapter_name="lora")
+        except ValueError as error:
+            raise ValueError(f"{self.pretrained}: no LoRA fits the denoiser: {error}") from error
+        denoiser.disable_adapters()
+        lora = {name: p for name, p in denoiser.named_parameters() if ".lora." in name}
+        for weight in lora.values():
+            weight.data = weight.data.float()  # whatever the denoiser's own dtype
+            weight.requires_grad_(True)
+        return lora
+
+    def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
+        """`predict` with the LoRA of `add_lora`; differentiable in its weights.
+
+        Raises:
+            RuntimeError: `to` was not called.
+        """
+        denoiser = self._loaded(self._denoiser)
+        denoiser.enable_adapters()
+        try:
+            return self._predict(z_t, t, embedding)
+        finally:
+            denoiser.disable_adapters()
+
+    def _predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
         denoiser = self._loaded(self._denoiser)
         # The prior runs in its own dtype, whatever autocast the trained network runs under.
         with torch.autocast(z_t.device.type, enabled=False):

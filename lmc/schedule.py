@@ -1,9 +1,10 @@
-"""Noise schedules, the four kinds of prediction, and guidance. No networks.
+"""Noise schedules, how t is drawn, the four kinds of prediction, and guidance. No networks.
 
 Everything here is a pure function of tensors and keeps their dtype, so that float64 in gives
 float64 out. Image tensors are (B, C, H, W); `alpha_t` and `sigma_t` are (B, 1, 1, 1).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+Coefficients = tuple[Tensor | float, Tensor | float]
+TIME_RANGE = (0.02, 0.98)  # t ~ U(0.02, 0.98) in both stages [LMC, App. A]
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,94 @@ class FlowSchedule:
         return self
 
 
+def check_time_range(time_range: tuple[float, float]) -> tuple[float, float]:
+    """`time_range` itself.
+
+    Raises:
+        ValueError: it is no interval within [0, 1].
+    """
+    low, high = time_range
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"time_range must be an interval within [0, 1], got {list(time_range)}")
+    return low, high
+
+
+class TimeSchedule(ABC):
+    """How a run draws t.
+
+    Args:
+        time_range: t stays in it.
+
+    Raises:
+        ValueError: it is no interval within [0, 1].
+    """
+
+    def __init__(self, time_range: tuple[float, float] = TIME_RANGE) -> None:
+        self.time_range = check_time_range(time_range)
+
+    @abstractmethod
+    def draw(
+        self, count: int, progress: float, generator: torch.Generator, dtype: torch.dtype
+    ) -> Tensor:
+        """Times of `count` samples, (count,), on the generator's device.
+
+        Args:
+            progress: the share of the run that is done, in [0, 1].
+        """
+
+
+class UniformTime(TimeSchedule):
+    """t ~ U(time_range), for each sample its own."""
+
+    def draw(
+        self, count: int, progress: float, generator: torch.Generator, dtype: torch.dtype
+    ) -> Tensor:
+        low, high = self.time_range
+        t = torch.rand(count, generator=generator, device=generator.device, dtype=dtype)
+        return low + (high - low) * t
+
+
+class FallingTime(TimeSchedule):
+    """t = 1 − progress, clipped to the range: one t for the whole batch, linearly falling.
+
+    Args:
+        time_range: t stays in it.
+        jitter: t is raised by U(0, jitter), the small tau of SDI.
+
+    Raises:
+        ValueError: no interval, or a negative jitter.
+    """
+
+    def __init__(self, time_range: tuple[float, float] = TIME_RANGE, jitter: float = 0.0) -> None:
+        super().__init__(time_range)
+        if jitter < 0:
+            raise ValueError(f"jitter must not be negative, got {jitter}")
+        self.jitter = jitter
+
+    def draw(
+        self, count: int, progress: float, generator: torch.Generator, dtype: torch.dtype
+    ) -> Tensor:
+        tau = torch.rand(1, generator=generator, device=generator.device, dtype=dtype)
+        return (1 - progress + self.jitter * tau).clamp(*self.time_range).repeat(count)
+
+
 def add_noise(z: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     """z_t = alpha_t z + sigma_t eps."""
     return alpha_t * z + sigma_t * eps
+
+
+def ddim_step(z_s: Tensor, eps: Tensor, here: Coefficients, there: Coefficients) -> Tensor:
+    """The deterministic DDIM step along `eps` from one time to another, up or down [DDIM, Eq. 12].
+
+    z_there = alpha_there (z_s − sigma_here eps) / alpha_here + sigma_there eps
+
+    Args:
+        z_s, eps: (B, C, H, W).
+        here, there: (alpha, sigma) of the two times, each (B, 1, 1, 1) or a number; (1, 0) is a
+            clean image.
+    """
+    (alpha, sigma), (alpha_there, sigma_there) = here, there
+    return alpha_there * (z_s - sigma * eps) / alpha + sigma_there * eps
 
 
 def to_eps_and_z_hat(

@@ -43,11 +43,10 @@ from lmc.images import (
     write_members,
 )
 from lmc.priors import Embedding, Prior
-from lmc.schedule import add_noise
+from lmc.schedule import TIME_RANGE, UniformTime, add_noise, check_time_range
 
 RECORD = "triplets.json"  # beside the shards: what they were made with
 SECONDS = 10.0  # between lines of progress
-TIME_RANGE = (0.02, 0.98)  # t ~ U(0.02, 0.98) in both stages [LMC, App. A]
 
 
 @dataclass  # not frozen: Lightning moves the tensors of a TripletBatch in place of it
@@ -79,27 +78,13 @@ class TripletBatch(Triplets):
     skipped: tuple[str, ...] = ()
 
 
-def check_time_range(time_range: tuple[float, float]) -> tuple[float, float]:
-    """`time_range` itself.
-
-    Raises:
-        ValueError: it is no interval within [0, 1].
-    """
-    low, high = time_range
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"time_range must be an interval within [0, 1], got {list(time_range)}")
-    return low, high
-
-
 def draw_t_and_eps(
     z: Tensor, generator: torch.Generator, time_range: tuple[float, float] = TIME_RANGE
 ) -> tuple[Tensor, Tensor]:
     """t ~ U(time_range), (B,), and eps ~ N(0, I), as z; drawn on the generator's device."""
-    low, high = check_time_range(time_range)
-    where = generator.device
-    t = torch.rand(len(z), generator=generator, device=where, dtype=z.dtype)
-    eps = torch.randn(z.shape, generator=generator, device=where, dtype=z.dtype)
-    return (low + (high - low) * t).to(z.device), eps.to(z.device)
+    t = UniformTime(time_range).draw(len(z), 0.0, generator, z.dtype)
+    eps = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype)
+    return t.to(z.device), eps.to(z.device)
 
 
 @torch.no_grad()

@@ -49,6 +49,8 @@ def inputs(prior: GaussianPrior, seed: int = 0) -> LossInputs:
         target=prior.embed(PROMPTS),
         z_source=prior.sample(4, "cat", generator),
         source=prior.embed(["cat"] * 4),
+        negative=prior.embed(["bear"] * 4),
+        eps_fixed=torch.randn(z.shape, generator=generator, dtype=z.dtype),
     )
 
 

@@ -12,13 +12,12 @@ from lmc.evaluate import CorrectorErrors, power_spectrum
 from lmc.images import ImageBatch, resize
 from lmc.priors import Prior
 from lmc.report import grid, spectra_figure
+from lmc.schedule import TIME_RANGE, check_time_range
 from lmc.training.base import StepDecay, TrainingModule, tensorboard
 from lmc.triplets import (
-    TIME_RANGE,
     TripletBatch,
     Triplets,
     check_origin,
-    check_time_range,
     draw_t_and_eps,
     sample_triplets,
 )

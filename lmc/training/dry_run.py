@@ -24,7 +24,7 @@ from lmc.images import expand_shards
 from lmc.training.base import TrainingModule
 
 # The fewest denoiser evaluations of an image and step, at guidance scales other than 1.
-EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3}
+EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3, "ms_sds": 10}
 ONE_BRANCH = ("sds", "dds", "pds")  # at guidance scale 1 they need the conditional half only
 DENOISERS, CODERS = ("unet", "transformer"), ("vae",)
 PARTS = (*DENOISERS, *CODERS, "text_encoder*", "tokenizer*", "scheduler")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from lmc.images import ImageBatch, resize
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.priors import Prior
 from lmc.report import grid
+from lmc.schedule import TimeSchedule
 from lmc.training.base import StepDecay, TrainingModule, tensorboard
 from lmc.translator import Translator
-from lmc.triplets import TIME_RANGE, check_time_range, draw_t_and_eps
 from lmc.unet import Norm
 
 
@@ -40,7 +40,8 @@ class TranslatorTraining(TrainingModule):
 
     Args:
         prior: the frozen diffusion model.
-        loss: a score-distillation loss, by class: LMC, SDS, DDS or Cond of lmc.losses.
+        loss: a score-distillation loss, by class: one of lmc.losses, or another
+            by its import path.
         classes: the targets.
         source: the class of the source images; its prompt is what DDS compares with.
         prompt: of a class; {} stands for its name.
@@ -55,7 +56,7 @@ class TranslatorTraining(TrainingModule):
         every_class: translate each image to all classes at once, with the same t and eps, in place
             of one drawn uniformly: what tells the classes apart is then free of that noise. The
             paper leaves the choice open. Multiplies the batch by the number of classes.
-        time_range: t is uniform in it.
+        time: how t is drawn; None is the loss's own way: uniform in (0.02, 0.98), but for SDI.
         seed: of classes, t and eps; follows seed_everything.
 
     Raises:
@@ -80,7 +81,7 @@ class TranslatorTraining(TrainingModule):
         optimizer: StepDecay = StepDecay(lr=5e-5, factor=0.9, every=50_000),  # noqa: B008
         ema_decay: float = 0.999,
         every_class: bool = False,
-        time_range: tuple[float, float] = TIME_RANGE,
+        time: TimeSchedule | None = None,
         seed: int = 0,
     ) -> None:
         if "{}" not in prompt:
@@ -93,8 +94,10 @@ class TranslatorTraining(TrainingModule):
             ema_decay,
             seed,
         )
-        self.prior, self.loss, self.time_range = prior, loss, check_time_range(time_range)
+        self.prior, self.loss, self.time = prior, loss, time or loss.time
         self.prompts = ["", prompt.format(source), *(prompt.format(name) for name in classes)]
+        if loss.negative_prompt is not None:
+            self.prompts.append(loss.negative_prompt)
         self.every_class = every_class
         self.score_weight, self.l2_weight = score_weight, l2_weight
 
@@ -140,8 +143,7 @@ class TranslatorTraining(TrainingModule):
             )
         output = self.network(image, class_id).float()
         z = self.prior.encode(resize(output, self.prior.image_size)).float()
-        t, eps = draw_t_and_eps(z.detach()[::repeats], generator, self.time_range)
-        t, eps = t.repeat_interleave(repeats, 0), eps.repeat_interleave(repeats, 0)
+        t, eps = self.draw(z.detach()[::repeats], generator, repeats)
         z_source = None
         if self.loss.needs_source:
             with torch.no_grad():
@@ -156,10 +158,15 @@ class TranslatorTraining(TrainingModule):
             target=self.embedding[2 + class_id],
             z_source=z_source,
             source=self.embedding[1 + zeros],
+            negative=self.embedding[-1 + zeros],  # of no meaning to a loss without one
+            eps_fixed=self.fixed_noise(z) if self.loss.fixed_noise else None,
         )
         # In float32, the corrector too: b(z, t) - z_hat is a small difference.
         with torch.autocast(z.device.type, enabled=False):
             gradient = self.loss(self.prior, inputs)
+            if self.loss.learns:
+                t_again, eps_again = self.draw(z.detach()[::repeats], generator, repeats)
+                self.loss.learn(self.prior, replace(inputs, t=t_again, eps=eps_again))
         self.watch(gradient.total, t, keys, self.loss.name)
         score = surrogate(z, gradient.total).sum() / z.numel()
         l2 = (output - image).square().mean()
@@ -174,6 +181,39 @@ class TranslatorTraining(TrainingModule):
         for name, term in gradient.terms.items():
             self.log_by_time(f"gradient_{name}", term.square().mean((1, 2, 3)).sqrt(), t)
         return score_weight * score + l2_weight * l2
+
+    def draw(self, z: Tensor, generator: torch.Generator, repeats: int) -> tuple[Tensor, Tensor]:
+        """t and eps for each of z (B, C, H, W), each `repeats` times: (B repeats, …)."""
+        progress = self.global_step / max(1, self.trainer.max_steps)
+        t = self.time.draw(len(z), progress, generator, z.dtype)
+        eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        return t.repeat_interleave(repeats, 0), eps.repeat_interleave(repeats, 0)
+
+    def fixed_noise(self, z: Tensor) -> Tensor:
+        """One noise for all images, steps and processes, as z; follows from the seed alone."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        eps = torch.randn(z.shape[1:], generator=generator, device=z.device, dtype=z.dtype)
+        return eps.expand_as(z)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the loss has learned goes with the run."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["loss"] = {"name": self.loss.name, "state": self.loss.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the loss back what it had learned.
+
+        Raises:
+            ValueError: the run was begun with another loss; see also `TrainingModule`.
+        """
+        super().on_load_checkpoint(checkpoint)
+        there = checkpoint.get("loss", {"name": self.loss.name, "state": {}})
+        if there["name"] != self.loss.name:
+            raise ValueError(
+                f"the run was begun with the loss {there['name']!r} and would go on with "
+                f"{self.loss.name!r}: use another run folder"
+            )
+        self.loss.load_state_dict(there["state"])
 
     def on_validation_epoch_start(self) -> None:
         """Start the held-out figures afresh."""

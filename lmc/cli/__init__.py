@@ -90,7 +90,8 @@ def release(args: argparse.Namespace) -> None:
 
 def triplets(args: argparse.Namespace) -> None:
     """Sample the triplets of a stage-one configuration into shards."""
-    from lmc.triplets import TIME_RANGE, TripletSet, write_triplets
+    from lmc.schedule import TIME_RANGE
+    from lmc.triplets import TripletSet, write_triplets
 
     config = _stage_one(args.config)
     model, data = config["model"], config["data"]
@@ -270,7 +271,3 @@ def main(args: Sequence[str] | None = None) -> None:
         given.run_command(given)
     except (OSError, ValueError) as error:
         sys.exit(f"lmc: {error}")
-
-
-if __name__ == "__main__":
-    main()
