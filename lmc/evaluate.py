@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from lmc.corrector import Corrector, corrector_loss, normalise
+from lmc.corrector import BiasCorrector, corrector_loss, normalise
 from lmc.images import ImageBatch, resize
 from lmc.priors import Prior
 from lmc.schedule import TIME_RANGE
 from lmc.translator import Translator
-from lmc.triplets import draw_t_and_eps, sample_triplets
+from lmc.triplets import triplets_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -171,27 +171,27 @@ class CorrectorErrors(Metric):
 
 @torch.no_grad()
 def evaluate_corrector(
-    corrector: Corrector, prior: Prior, batches: Iterable[ImageBatch], seed: int = 0
+    corrector: BiasCorrector,
+    prior: Prior,
+    batches: Iterable[ImageBatch],
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """L_k over held-out images, one t an image, beside that of the identity.
 
     Args:
-        corrector: trained on `prior`, on its device.
-        prior: loaded.
+        corrector: made for `prior`, on `device`.
+        prior: loaded, on `device`.
         batches: held-out images of any size.
         seed: of t and eps.
+        device: where to compute.
 
     Raises:
         ValueError: the corrector is another prior's.
     """
     corrector.check_prior(prior.identity)
-    device = next(corrector.parameters()).device
-    null = prior.embed([""]).to(device)
-    generator, errors = torch.Generator(device).manual_seed(seed), CorrectorErrors().to(device)
-    for batch in filter(_has_images, batches):
-        z = prior.encode(resize(batch.image.to(device), prior.image_size))
-        t, eps = draw_t_and_eps(z, generator, TIME_RANGE)
-        x = sample_triplets(prior, z, t, eps, null.expand(len(z)))
+    errors = CorrectorErrors().to(device)
+    for x in triplets_of(batches, prior, seed, TIME_RANGE, device):
         errors.update(x.z, x.z_hat, corrector.correct(x.z, x.t, x.z_hat))
     return {name: value.item() for name, value in errors.compute().items()}
 

@@ -5,6 +5,7 @@ Each loss is a small class whose `terms` is the equation. They are called as
 No gradient flows through the prior or the corrector.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -521,8 +522,9 @@ class VSD(ScoreDistillation):
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        lora = {name: weight.detach().clone() for name, weight in self.lora.items()}
-        return {"lora": lora, "optimizer": self.optimizer.state_dict()}
+        lora = {name: weight.detach() for name, weight in self.lora.items()}
+        # A copy: the optimizer's own holds the tensors it goes on changing.
+        return copy.deepcopy({"lora": lora, "optimizer": self.optimizer.state_dict()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from another's `state_dict`.

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from lmc import __version__
-from lmc.corrector import Corrector
+from lmc.corrector import Corrector, FilterCorrector
 from lmc.translator import Translator
 
-Network = Corrector | Translator
+Network = Corrector | FilterCorrector | Translator
 KINDS: dict[str, type[Network]] = {"Corrector": Corrector, "Translator": Translator}
 
 
@@ -54,7 +54,7 @@ def load_averaged(checkpoint: Path) -> tuple[Network, int]:
 
 
 def load_network(folder: str) -> Network:
-    """A released network, from a release folder or hub id, whichever of the two kinds it is.
+    """A released network, from a release folder or hub id, whichever kind it is.
 
     Raises:
         FileNotFoundError: a local folder without config.json.
@@ -63,10 +63,12 @@ def load_network(folder: str) -> Network:
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").exists():
         raise FileNotFoundError(f"{folder} has no config.json: not a release (see lmc release)")
-    try:
-        return Translator.from_pretrained(folder)
-    except TypeError:  # the config lacks the translator's classes
-        return Corrector.from_pretrained(folder)
+    for kind in (Translator, FilterCorrector):
+        try:
+            return kind.from_pretrained(folder)
+        except TypeError:  # the config lacks the translator's classes, the filter's size
+            continue
+    return Corrector.from_pretrained(folder)
 
 
 def release(
@@ -87,18 +89,48 @@ def release(
         FileNotFoundError, ValueError: see `load_averaged`.
         ValueError: `out` is there and is something else than a release.
     """
-    if out.exists() and not is_release(out):
-        raise ValueError(f"{out} is there and is no release: name another folder, or empty it")
+    check_out(out)
     network, step = load_averaged(checkpoint)
+    write_release(network, out, f"{step} steps; averaged weights", results, picture)
+
+
+def write_release(
+    network: Network,
+    out: Path,
+    how: str,
+    results: Mapping[str, Any] | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Write a network and its card; see `release`.
+
+    Args:
+        network: what is released.
+        out, results, picture: see `release`.
+        how: how it came about, for the card.
+
+    Raises:
+        ValueError: see `check_out`.
+    """
+    check_out(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     network.save_pretrained(partial)
     if picture is not None:
         shutil.copy(picture, partial / "samples.png")
-    (partial / "README.md").write_text(card(network, step, results, picture is not None))
+    (partial / "README.md").write_text(card(network, how, results, picture is not None))
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, out)
+
+
+def check_out(out: Path) -> None:
+    """Refuse to replace what is no release.
+
+    Raises:
+        ValueError: `out` is there and is something else.
+    """
+    if out.exists() and not is_release(out):
+        raise ValueError(f"{out} is there and is no release: name another folder, or empty it")
 
 
 def is_release(folder: Path) -> bool:
@@ -107,7 +139,7 @@ def is_release(folder: Path) -> bool:
     return names <= {"config.json", "model.safetensors", "README.md", "samples.png"}
 
 
-def card(network: Network, step: int, results: Mapping[str, Any] | None, picture: bool) -> str:
+def card(network: Network, how: str, results: Mapping[str, Any] | None, picture: bool) -> str:
     """The model card, Markdown with the hub's YAML header."""
     kind = type(network).__name__
     tags = ["score-distillation", "lmc-sds"]
@@ -119,7 +151,8 @@ def card(network: Network, step: int, results: Mapping[str, Any] | None, picture
         )
     else:
         prior = "\n".join(f"- {key}: `{value}`" for key, value in network.prior.items())
-        about = f"The corrector b̂_ψ of one prior, and valid for no other:\n\n{prior}"
+        of = "closed-form corrector" if isinstance(network, FilterCorrector) else "corrector b̂_ψ"
+        about = f"The {of} of one prior, and valid for no other:\n\n{prior}"
     numbers = {k: v for k, v in (results or {}).items() if isinstance(v, int | float)}
     measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in numbers.items())
     header = json.dumps({"library_name": "lmc", "license": "apache-2.0", "tags": tags})
@@ -127,7 +160,7 @@ def card(network: Network, step: int, results: Mapping[str, Any] | None, picture
         f"---\n{header}\n---",
         f"# {kind}",
         about,
-        f"Trained with LMC-SDS's code, version {__version__}, {step} steps; averaged weights.",
+        f"Made with LMC-SDS's code, version {__version__}: {how}.",
         f'```python\nfrom lmc import {kind}\n\nnetwork = {kind}.from_pretrained("…").eval()\n```',
     ]
     if measured:

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -210,6 +210,33 @@ def summary(out: Path) -> dict[str, Any]:
         "bytes": sum((out / f"{name}.tar").stat().st_size for name in done),
         "skipped": [sample for count in counts for sample in count["skipped"]],
     }
+
+
+def triplets_of(
+    images: Iterable[ImageBatch],
+    prior: Prior,
+    seed: int,
+    time_range: tuple[float, float] = TIME_RANGE,
+    device: torch.device | str = "cpu",
+) -> Iterator[Triplets]:
+    """One triplet an image, batch by batch, as long as there are images.
+
+    Args:
+        images: of any size; they are resized to the prior's.
+        prior: loaded, on `device`.
+        seed: of t and eps.
+        time_range: t is uniform in it.
+        device: where to compute.
+    """
+    null = prior.embed([""]).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for batch in images:
+        if not len(batch.image):  # only broken samples were left for the last batch of a pass
+            continue
+        with torch.no_grad():
+            z = prior.encode(resize(batch.image.to(device), prior.image_size))
+        t, eps = draw_t_and_eps(z, generator, time_range)
+        yield sample_triplets(prior, z, t, eps, null.expand(len(z)))
 
 
 def draw_for(key: str, shape: Sequence[int], what: TripletSet) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,17 @@ class GaussianPrior:
         z_hat = mean + torch.fft.ifft2(gain * centred, norm="ortho").real
         return (z_t - alpha_t * z_hat) / sigma_t, z_hat
 
+    def add_lora(self, rank: int) -> dict[str, torch.nn.Parameter]:
+        """A LoRA of one number a channel: eps_lora = eps + w z_t."""
+        self.lora = torch.nn.Parameter(torch.zeros(self.channels, 1, 1, dtype=torch.float64))
+        return {"w": self.lora}
+
+    def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
+        eps, _ = self.predict(z_t, t, embedding)
+        alpha_t, sigma_t = self.schedule.coefficients(t, z_t.dtype)
+        eps = eps.detach() + self.lora * z_t
+        return eps, (z_t - sigma_t * eps) / alpha_t
+
     def sample(self, count: int, prompt: str, generator: torch.Generator) -> Tensor:
         """Draw z ~ N(mu_y, Sigma), float64 (count, C, H, W)."""
         shape = (count, self.channels, self.image_size, self.image_size)

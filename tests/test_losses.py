@@ -6,15 +6,33 @@ import numpy as np
 import pytest
 import torch
 
+from lmc import losses
 from lmc.corrector import Corrector
-from lmc.losses import DDS, LMC, SDS, Cond, LossInputs, surrogate
+from lmc.losses import (
+    DDS,
+    LMC,
+    MSSDS,
+    NFSD,
+    PDS,
+    SDI,
+    SDS,
+    VSD,
+    Cond,
+    LossInputs,
+    ScoreDistillation,
+    surrogate,
+)
+from lmc.schedule import FallingTime, FlowSchedule
 from lmc.translator import Translator
 
 from gaussian import GaussianPrior, small_prior
 
 INDICES = (30, 400, 700, 950)  # of the schedule's grid, one per sample
+SHARED = 700  # the same for all samples, for SDI
 PROMPTS = ("cat", "dog", "bear", "dog")
-NAMES = ("sds", "cond", "dds", "lmc")
+CLASSES = {loss.name: loss for loss in (SDS, Cond, DDS, LMC, NFSD, MSSDS, PDS, VSD, SDI)}
+NAMES = ("sds", "cond", "dds", "lmc", "lmc_fixed", "nfsd", "ms_sds", "pds", "vsd", "sdi")
+LORA = 0.3  # what a trained LoRA has come to
 
 
 class BestFilter(Corrector):
@@ -38,12 +56,13 @@ def prior() -> GaussianPrior:
     return small_prior()
 
 
-def inputs(prior: GaussianPrior, seed: int = 0) -> LossInputs:
+def inputs(prior: GaussianPrior, seed: int = 0, shared: bool = False) -> LossInputs:
+    """Four samples at INDICES, or with `shared` all at SHARED."""
     generator = torch.Generator().manual_seed(seed)
     z = prior.sample(4, "dog", generator)
     return LossInputs(
         z=z,
-        t=torch.tensor(INDICES, dtype=torch.float64) / 1000,
+        t=torch.tensor([SHARED] * 4 if shared else INDICES, dtype=torch.float64) / 1000,
         eps=torch.randn(z.shape, generator=generator, dtype=z.dtype),
         null=prior.embed([""] * 4),
         target=prior.embed(PROMPTS),
@@ -59,10 +78,20 @@ def take(x: LossInputs, rows: list[int]) -> LossInputs:
     return LossInputs(*(field[index] for field in vars(x).values()))
 
 
-def make(name: str, prior: GaussianPrior, statistics: str = "image", **options):
-    if name == "lmc":
-        return LMC(BestFilter(prior, statistics), **options)
-    return {"sds": SDS, "cond": Cond, "lmc": LMC, "dds": DDS}[name](**options)
+def make(name, prior, statistics="image", **options) -> ScoreDistillation:
+    if name.startswith("lmc"):
+        return LMC(BestFilter(prior, statistics), fixed_noise=name == "lmc_fixed", **options)
+    if name == "nfsd":
+        return NFSD(negative_prompt="bear", **options)
+    loss = CLASSES[name](**options)
+    loss.prepare(prior, "cpu")
+    if name == "vsd":
+        prior.lora.data.fill_(LORA)
+    return loss
+
+
+def inputs_for(name: str, prior: GaussianPrior) -> LossInputs:
+    return inputs(prior, shared=name == "sdi")
 
 
 def fourier(image: torch.Tensor) -> np.ndarray:
@@ -80,18 +109,35 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
     z_t − alpha_t z_hat, since 1 − alpha_t² S / A = sigma_t² / A.
     """
     spectrum = prior.spectrum.numpy()
+    bars = prior.schedule.alphas_cumprod.numpy()
+
+    def at(index: float) -> tuple[float, float]:
+        """(alpha, sigma) at an index of the grid; below it the image is clean."""
+        bar = bars[round(index)] if index > 0 else 1.0
+        return bar**0.5, (1 - bar) ** 0.5
+
+    def predicted(z_t, index: float, mean):
+        a, s = (bars[round(index)] ** 0.5, (1 - bars[round(index)]) ** 0.5)
+        return s * (z_t - a * mean) / (a**2 * spectrum + s**2)
+
+    def ddim(z_s, here: float, there: float, scale: float):
+        (a, s), (a_there, s_there) = at(here), at(there)
+        eps = (1 - scale) * predicted(z_s, here, null) + scale * predicted(z_s, here, target)
+        return a_there * (z_s - s * eps) / a + s_there * eps
+
     terms: dict[str, list[np.ndarray]] = {}
-    for i, index in enumerate(INDICES):
-        alpha_bar = prior.schedule.alphas_cumprod[index].item()
-        a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    for i, index in enumerate((x.t * 1000).round().long().tolist()):
+        a, s = at(index)
         power = a**2 * spectrum + s**2
         z, e, z_src = fourier(x.z[i]), fourier(x.eps[i]), fourier(x.z_source[i])
         null, target = fourier(prior.means[""]), fourier(prior.means[PROMPTS[i]])
-        source = fourier(prior.means["cat"])
+        source, negative = fourier(prior.means["cat"]), fourier(prior.means["bear"])
         z_t = a * z + s * e
+        # eps_cond − eps_uncond does not depend on z_t, nor on the noise.
         cond = omega * s * a * (null - target) / power
+        proj = predicted(z_t, index, null) - e
         if name == "sds":
-            parts = {"cond": cond, "proj": s * (z_t - a * null) / power - e}
+            parts = {"cond": cond, "proj": proj}
             if omega == 1:  # one evaluation, one term: their sum
                 parts = {"guided": s * (z_t - a * target) / power - e}
         elif name == "cond":
@@ -99,6 +145,42 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
         elif name == "dds":
             # the same noise: it cancels between the two unconditional predictions
             parts = {"delta": (s * a * (z - z_src) + omega * s * a * (source - target)) / power}
+        elif name == "nfsd":
+            domain = s * (z_t - a * null) / power
+            if index >= 200:
+                domain = s * a * (negative - null) / power
+            parts = {"cond": cond, "domain": domain}
+            if omega == 1:
+                parts = {"guided": cond + domain}
+        elif name == "ms_sds":
+            sample = z_t
+            for k in range(5, 0, -1):
+                sample = ddim(sample, index * k / 5, index * (k - 1) / 5, omega)
+            parts = {"multi_step": a / s * (z - sample)}
+        elif name == "pds":
+            # q(z_s | z_t, z_hat) by Bayes' rule from q(z_s | z_hat) and q(z_t | z_s).
+            a_s, s_s = at(index - 1)
+            ratio = a / a_s
+            precision = 1 / s_s**2 + ratio**2 / (1 - ratio**2)
+            latents = []
+            for image, prompt in ((z, target), (z_src, source)):
+                noisy = a * image + s * e
+                eps = (1 - omega) * predicted(noisy, index, null)
+                eps = eps + omega * predicted(noisy, index, prompt)
+                z_hat = (noisy - s * eps) / a
+                mean = (a_s * z_hat / s_s**2 + ratio * noisy / (1 - ratio**2)) / precision
+                latents.append((a_s * image - mean) * precision**0.5)
+            parts = {"delta": latents[0] - latents[1]}
+        elif name == "vsd":
+            variational = s * a * (target - null) / power - LORA * z_t
+            parts = {"cond": cond, "variational": variational}
+            if omega == 1:
+                parts = {"guided": cond + variational}
+        elif name == "sdi":
+            steps, inverted = int(10 * index / 1000), z
+            for k in range(steps):
+                inverted = ddim(inverted, index * k / steps, index * (k + 1) / steps, -7.5)
+            parts = {"inverted": z - ddim(inverted, index, 0, omega)}
         else:
             z_hat = pixels(null + a * spectrum / power * (z_t - a * null))
             b_hat = pixels(a**2 * spectrum / power * z)
@@ -106,7 +188,7 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
             mean = b_hat.mean(axes, keepdims=True)
             ratio = z_hat.std(axes, keepdims=True) / b_hat.std(axes, keepdims=True)
             parts = {"cond": cond, "lmc": fourier_of(ratio * (b_hat - mean) + mean - z_hat)}
-        weight = {"one": 1, "dreamfusion": 1 - alpha_bar, "sjc": a * (1 - alpha_bar)}[weighting]
+        weight = {"one": 1, "dreamfusion": 1 - a**2, "sjc": a * (1 - a**2)}[weighting]
         weight *= (a if chain_alpha else 1) / (omega if rescale else 1)
         for key, part in parts.items():
             terms.setdefault(key, []).append(weight * pixels(part))
@@ -123,7 +205,7 @@ OPTIONS = list(itertools.product(("one", "dreamfusion", "sjc"), (True, False), (
 @pytest.mark.parametrize("omega", [1, 7.5, 15])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_the_closed_form(prior, name, omega):
-    x = inputs(prior)
+    x = inputs_for(name, prior)
     for weighting, chain_alpha, rescale in OPTIONS:
         loss = make(
             name,
@@ -150,9 +232,10 @@ def test_lmc_gradient_with_statistics_per_channel(prior):
 
 
 def test_defaults_are_the_papers(prior):
-    x = inputs(prior)
     for name in NAMES:
-        wanted = closed_form(name, prior, x, 15, "one", True, True)
+        x = inputs_for(name, prior)
+        ours = (7.5, "one", False, True) if name == "sdi" else (15, "one", True, True)
+        wanted = closed_form(name, prior, x, *ours)
         total = make(name, prior)(prior, x).total
         np.testing.assert_allclose(total, sum(wanted.values()), rtol=0, atol=1e-10)
 
@@ -201,7 +284,7 @@ def test_expected_proj_term_is_the_closed_form(prior):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_samples_gradient_does_not_depend_on_its_batch(prior, name):
-    x, loss = inputs(prior), make(name, prior)
+    x, loss = inputs_for(name, prior), make(name, prior)
     whole = loss(prior, x).total
     order = [2, 0, 3, 1]
     torch.testing.assert_close(loss(prior, take(x, order)).total, whole[order], rtol=0, atol=1e-12)
@@ -212,7 +295,7 @@ def test_a_samples_gradient_does_not_depend_on_its_batch(prior, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_gradient_flows_through_prior_or_corrector(prior, name):
-    x, loss = inputs(prior), make(name, prior)
+    x, loss = inputs_for(name, prior), make(name, prior)
     for field in (x.z, x.eps, x.z_source, *x.target.tensors.values()):
         field.requires_grad_()
     gradient = loss(prior, x)
@@ -256,7 +339,7 @@ def test_translators_parameters_get_the_vector_jacobian_product(prior, name):
     1e-16 / 1e-6 of the surrogate, which is of the order of 10, so that 1e-7 is safe; no ReLU of
     this network switches inside h at this seed.
     """
-    x = inputs(prior)
+    x = inputs_for(name, prior)
     torch.manual_seed(0)
     translator = Translator(["cat", "dog"], image_size=8, widths=(4, 8)).double()
     ids = torch.tensor([0, 1, 1, 0])
@@ -284,23 +367,35 @@ def test_translators_parameters_get_the_vector_jacobian_product(prior, name):
         assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("name", "omega", "evaluations"),
-    [
-        ("sds", 15, 2),
-        ("cond", 15, 2),
-        ("lmc", 15, 2),
-        ("dds", 15, 4),
-        ("sds", 1, 1),
-        ("cond", 1, 2),
-        ("lmc", 1, 2),
-        ("dds", 1, 2),
-    ],
-)
-def test_denoiser_evaluations_per_image_are_the_fewest_in_one_call(prior, name, omega, evaluations):
-    make(name, prior, guidance_scale=omega)(prior, inputs(prior))
-    assert prior.evaluations == 4 * evaluations
-    assert prior.calls == 1
+# SDI at t = 0.7 inverts in seven steps. NFSD: one of the four samples is at t < 0.2.
+EVALUATIONS = {
+    ("sds", 15): (8, 1),
+    ("cond", 15): (8, 1),
+    ("lmc", 15): (8, 1),
+    ("lmc_fixed", 15): (12, 1),
+    ("dds", 15): (16, 1),
+    ("pds", 15): (16, 1),
+    ("nfsd", 15): (11, 1),
+    ("ms_sds", 15): (40, 5),
+    ("vsd", 15): (12, 2),
+    ("sdi", 15): (64, 8),
+    ("sds", 1): (4, 1),
+    ("cond", 1): (8, 1),
+    ("lmc", 1): (8, 1),
+    ("lmc_fixed", 1): (12, 1),
+    ("dds", 1): (8, 1),
+    ("pds", 1): (8, 1),
+    ("nfsd", 1): (7, 1),
+    ("ms_sds", 1): (20, 5),
+    ("vsd", 1): (8, 2),
+    ("sdi", 1): (60, 8),
+}
+
+
+@pytest.mark.parametrize(("name", "omega"), EVALUATIONS)
+def test_denoiser_evaluations_and_calls_are_the_fewest(prior, name, omega):
+    make(name, prior, guidance_scale=omega)(prior, inputs_for(name, prior))
+    assert (prior.evaluations, prior.calls) == EVALUATIONS[name, omega]
 
 
 def test_guidance_scale_zero_leaves_the_unconditional_prediction(prior):
@@ -323,12 +418,253 @@ def test_unknown_weighting_names_the_known_ones(prior, name):
         make(name, prior, weighting="snr")
 
 
-@pytest.mark.parametrize("missing", ["z_source", "source"])
-def test_dds_without_a_source_says_so(prior, missing):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_negative_guidance_scale_is_refused(prior, name):
+    with pytest.raises(ValueError, match="guidance_scale must not be negative, got -3"):
+        make(name, prior, guidance_scale=-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "said"),
+    [
+        ("dds", "z_source", "z_source and source"),
+        ("dds", "source", "z_source and source"),
+        ("pds", "z_source", "z_source and source"),
+        ("pds", "source", "z_source and source"),
+        ("nfsd", "negative", "negative"),
+        ("lmc_fixed", "eps_fixed", "eps_fixed"),
+    ],
+)
+def test_a_loss_without_what_it_needs_says_so(prior, name, missing, said):
+    loss = make(name, prior)
     fields = {**vars(inputs(prior)), missing: None}
-    with pytest.raises(ValueError, match="'dds' needs z_source and source"):
-        DDS()(prior, LossInputs(**fields))
+    with pytest.raises(ValueError, match=f"'{loss.name}' needs {said}"):
+        loss(prior, LossInputs(**fields))
     assert prior.calls == 0
+
+
+def test_nfsd_takes_an_empty_negative_prompt_but_not_none():
+    assert NFSD(negative_prompt="").negative_prompt == ""
+    with pytest.raises(ValueError, match="needs a negative_prompt; an empty one"):
+        NFSD(negative_prompt=None)
+
+
+def test_sdi_refuses_a_time_for_each_sample(prior):
+    with pytest.raises(ValueError, match=r"one t for the whole batch.*FallingTime"):
+        SDI()(prior, inputs(prior))
+    assert prior.calls == 0
+    assert isinstance(SDI().time, FallingTime)
+
+
+def test_pds_refuses_a_flow_prior_by_name(prior):
+    prior.schedule = FlowSchedule()
+    with pytest.raises(ValueError, match="variance-preserving"):
+        PDS().prepare(prior, "cpu")
+    with pytest.raises(ValueError, match="variance-preserving"):
+        PDS()(prior, inputs(prior))
+
+
+def test_pds_refuses_the_grids_first_index(prior):
+    x = inputs(prior)
+    with pytest.raises(ValueError, match="first index"):
+        PDS()(prior, LossInputs(**{**vars(x), "t": torch.zeros_like(x.t)}))
+
+
+def test_vsd_refuses_a_prior_without_a_lora(prior):
+    class Plain:
+        """The protocol and no more."""
+
+        def __init__(self):
+            for name in ("to", "encode", "decode", "embed", "predict", "schedule", "identity"):
+                setattr(self, name, getattr(prior, name))
+            self.image_size, self.channels, self.latent = 8, 3, False
+
+    with pytest.raises(ValueError, match=r"needs a prior with add_lora.*Plain has not"):
+        VSD().prepare(Plain(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("loss", "option"),
+    [(MSSDS, "steps"), (SDI, "inversion_steps"), (VSD, "lora_rank")],
+)
+def test_what_must_be_at_least_one_says_so(loss, option):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+        loss(**{option: 0})
+
+
+def test_lmc_refuses_unknown_statistics(prior):
+    with pytest.raises(ValueError, match=r"'pixel'.*image, channel, none"):
+        LMC("identity", statistics="pixel")
+
+
+# ---------------------------------------------------------------------------------------------
+# Identities between the losses
+
+PLAIN = {"chain_alpha": False, "rescale": False, "guidance_scale": 7.5}
+
+
+def equal(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert one.abs().max() > 1e-3, "nothing is compared"
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_lmc_without_a_correction_and_with_the_ratio_is_sds(prior):
+    x = inputs(prior)
+    lmc = LMC("identity", statistics="none", keep_ratio=True, **PLAIN)
+    lmc.prepare(prior, "cpu")
+    equal(lmc(prior, x).total, SDS(**PLAIN)(prior, x).total)
+    assert not torch.allclose(
+        LMC("identity", **PLAIN)(prior, x).total, SDS(**PLAIN)(prior, x).total
+    )
+
+
+def test_lmc_with_its_one_noise_fixed_is_lmc(prior):
+    x = inputs(prior)
+    same = LossInputs(**{**vars(x), "eps_fixed": x.eps})
+    fixed = make("lmc_fixed", prior, **PLAIN)
+    equal(fixed(prior, same).total, make("lmc", prior, **PLAIN)(prior, x).total)
+
+
+def test_dds_of_the_image_itself_without_a_source_prompt_is_cond(prior):
+    x = inputs(prior)
+    x = LossInputs(**{**vars(x), "z_source": x.z, "source": x.null})
+    equal(DDS(**PLAIN)(prior, x).total, Cond(**PLAIN)(prior, x).total)
+
+
+def test_cond_is_sds_less_its_projection(prior):
+    x = inputs(prior)
+    sds = SDS(**PLAIN)(prior, x)
+    equal(Cond(**PLAIN)(prior, x).total, sds.total - sds.terms["proj"])
+
+
+@pytest.mark.parametrize("name", ["dds", "pds"])
+def test_an_image_against_itself_with_equal_prompts_is_nothing(prior, name):
+    x = inputs(prior)
+    x = LossInputs(**{**vars(x), "z_source": x.z, "source": x.target})
+    assert make(name, prior, **PLAIN)(prior, x).total.abs().max() < 1e-10
+
+
+def test_nfsd_with_an_empty_negative_prompt_is_cond_at_late_times(prior):
+    x = inputs(prior)
+    x = LossInputs(**{**vars(x), "negative": x.null})
+    nfsd, cond = (
+        loss(prior, x).total for loss in (NFSD(negative_prompt="", **PLAIN), Cond(**PLAIN))
+    )
+    late = x.t >= 0.2
+    equal(nfsd[late], cond[late])
+    assert (nfsd[~late] - cond[~late]).abs().max() > 1e-3
+
+
+def test_multi_step_sds_in_one_step_is_sds(prior):
+    x = inputs(prior)
+    equal(MSSDS(steps=1, **PLAIN)(prior, x).total, SDS(**PLAIN)(prior, x).total)
+
+
+def test_pds_of_a_consistent_pair_is_dds_reweighted(prior):
+    """By √ᾱ_s β / (1 − ᾱ_t), of z_hat in the posterior's mean, sigma_t / alpha_t and 1 / σ_post."""
+    x = inputs(prior)
+    index = torch.tensor(INDICES)
+    bar = prior.schedule.alphas_cumprod
+    bar_t, bar_s = bar[index].view(-1, 1, 1, 1), bar[index - 1].view(-1, 1, 1, 1)
+    beta = 1 - bar_t / bar_s
+    post = ((1 - bar_s) / (1 - bar_t) * beta).sqrt()
+    weight = bar_s.sqrt() * beta / (1 - bar_t) / post * ((1 - bar_t) / bar_t).sqrt()
+    equal(PDS(**PLAIN)(prior, x).total, weight * DDS(**PLAIN)(prior, x).total)
+
+
+def test_vsd_with_an_untrained_lora_is_cond_but_for_a_factor(prior):
+    x, vsd = inputs(prior), VSD(**PLAIN)
+    vsd.prepare(prior, "cpu")
+    equal(vsd(prior, x).total, (1 - 1 / 7.5) * Cond(**PLAIN)(prior, x).total)
+
+
+def test_sdi_is_the_image_less_its_guided_estimate(prior):
+    """g = z − z_hat at the inverted z_t, so that a step of one along −g ends at z_hat."""
+    x = inputs(prior, shared=True)
+    seen = []
+    predict = prior.predict
+
+    def spy(z_t, t, embedding):
+        found = predict(z_t, t, embedding)
+        seen.append((z_t[:4], t[:4], found[1]))
+        return found
+
+    prior.predict = spy
+    total = SDI(rescale=False)(prior, x).total
+    _, t, z_hat = seen[-1]
+    assert torch.equal(t, x.t)
+    uncond, cond = z_hat.chunk(2)
+    equal(total, x.z - (uncond + 7.5 * (cond - uncond)))
+
+
+# ---------------------------------------------------------------------------------------------
+# VSD's LoRA
+
+
+def test_vsd_learns_by_the_gradient_of_the_diffusion_loss(prior):
+    """Against finite differences of ‖eps_LoRA − eps‖²; AdamW's first step is lr · sign."""
+    x, vsd = inputs(prior), VSD(lora_lr=1e-3)
+    vsd.prepare(prior, "cpu")
+    prior.lora.data.copy_(torch.tensor([0.5, -0.5, 0.1]).view(3, 1, 1))
+    alpha_t, sigma_t = prior.schedule.coefficients(x.t)
+    z_t = alpha_t * x.z + sigma_t * x.eps
+
+    def loss(w):
+        prior.lora.data.copy_(w)
+        return (prior.predict_lora(z_t, x.t, x.target)[0] - x.eps).square().mean().item()
+
+    start = prior.lora.data.clone()
+    slopes = []
+    for channel in range(3):
+        h = torch.zeros_like(start)
+        h[channel] = 1e-5
+        slopes.append((loss(start + h) - loss(start - h)) / 2e-5)
+    prior.lora.data.copy_(start)
+    vsd.learn(prior, x)
+    moved = prior.lora.data - start * (1 - 1e-3 * 0.01)  # AdamW's default weight decay
+    wanted = -1e-3 * torch.tensor(slopes, dtype=torch.float64).sign().view(3, 1, 1)
+    torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=0)
+    assert not x.z.requires_grad
+
+
+def test_vsd_goes_on_from_its_state_as_if_it_had_never_stopped(prior):
+    straight, first, second = (VSD(lora_lr=1e-2) for _ in range(3))
+    batches = [inputs(prior, seed) for seed in range(4)]
+    straight.prepare(prior, "cpu")
+    for x in batches:
+        straight.learn(prior, x)
+    wanted = prior.lora.data.clone()
+    assert wanted.abs().min() > 1e-3
+    first.prepare(prior, "cpu")
+    for x in batches[:2]:
+        first.learn(prior, x)
+    state = first.state_dict()
+    for x in batches[2:]:  # the state is a copy: going on does not change it
+        first.learn(prior, x)
+    second.prepare(prior, "cpu")
+    second.load_state_dict(state)
+    for x in batches[2:]:
+        second.learn(prior, x)
+    assert torch.equal(prior.lora.data, wanted)
+
+
+@pytest.mark.parametrize("state", [{}, {"lora": {"w": torch.zeros(4, 1, 1)}, "optimizer": {}}])
+def test_vsd_refuses_the_state_of_another_lora(prior, state):
+    vsd = VSD()
+    vsd.prepare(prior, "cpu")
+    with pytest.raises(ValueError, match="another prior or lora_rank"):
+        vsd.load_state_dict(state)
+
+
+def test_the_module_has_no_loss_that_these_tests_do_not_know():
+    found = {
+        value.name
+        for value in vars(losses).values()
+        if isinstance(value, type)
+        and issubclass(value, ScoreDistillation)
+        and value is not ScoreDistillation
+    }
+    assert found == CLASSES.keys()
 
 
 def test_prepare_freezes_the_corrector_of_this_prior(prior):

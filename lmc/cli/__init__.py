@@ -1,4 +1,4 @@
-"""`lmc evaluate`, `translate`, `release`: what is done with trained networks; `lmc triplets`."""
+"""The `lmc` command: what is done with trained networks, and what needs no training."""
 
 import argparse
 import json
@@ -129,6 +129,65 @@ def triplets(args: argparse.Namespace) -> None:
         print(f"  … all of them in {args.out}/*.json")
 
 
+def closed_form(args: argparse.Namespace) -> None:
+    """Estimate a closed-form corrector from a stage-one configuration's prior and data."""
+    import itertools
+    import time
+
+    from lmc.corrector import estimate_filter
+    from lmc.evaluate import evaluate_corrector
+    from lmc.images import ImageStream
+    from lmc.release import check_out, write_release
+    from lmc.schedule import TIME_RANGE
+    from lmc.triplets import TripletStream, check_origin, triplet_origin, triplets_of
+
+    config = _stage_one(args.config)
+    model, data = config["model"], config["data"]
+    time_range = tuple(model.get("time_range", TIME_RANGE))
+    check_out(args.out)
+    origin = triplet_origin(data["train"])
+    images_heldout = triplet_origin(data["heldout"]) is None
+    prior = _prior(model["prior"])
+    identity = prior.identity
+    began = time.monotonic()
+    batches: Any
+    if origin is not None:
+        check_origin(origin, identity, time_range)
+        batches = TripletStream(data["train"], args.batch_size, training=True, seed=args.seed)
+    else:
+        prior.to(args.device)
+        images = ImageStream(
+            data["train"], data["image_size"], args.batch_size, training=True, seed=args.seed
+        )
+        batches = triplets_of(images, prior, args.seed, time_range, args.device)
+    wanted = -(-args.triplets // args.batch_size)
+
+    def counted() -> Any:
+        said = time.monotonic()
+        for number, batch in enumerate(itertools.islice(batches, wanted), 1):
+            yield batch
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                left = (said - began) / number * (wanted - number)
+                done = number * args.batch_size
+                print(f"{done} triplets, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    corrector = estimate_filter(counted(), identity, args.bins, time_range, args.statistics)
+    seconds = time.monotonic() - began
+    results = {}
+    if images_heldout:
+        prior.to(args.device)
+        heldout = ImageStream(data["heldout"], data["image_size"], args.batch_size, training=False)
+        results = evaluate_corrector(
+            corrector.to(args.device), prior, heldout, args.seed, args.device
+        )
+    how = f"estimated from {wanted * args.batch_size} triplets in {seconds:.0f} s"
+    write_release(corrector.cpu(), args.out, how, results)
+    print(f"{how}; released to {args.out}")
+    for name, value in results.items():
+        print(f"  held-out {name}: {value:.4f}")
+
+
 def _stage_one(file: Path) -> dict[str, Any]:
     """What `lmc triplets` needs of a configuration of train_bias.py is in it, or a ValueError."""
     import yaml
@@ -253,6 +312,35 @@ def parser() -> argparse.ArgumentParser:
     four.add_argument(
         "--device", default="cpu", help="cpu, cuda (under torchrun each its own), … (%(default)s)"
     )
+    five = commands.add_parser(
+        "closed-form", help="estimate a closed-form corrector, in seconds, in place of stage one"
+    )
+    five.set_defaults(run_command=closed_form)
+    five.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        metavar="YAML",
+        help="of train_bias.py: its prior, data and time_range are taken",
+    )
+    five.add_argument("--out", type=Path, required=True, metavar="DIR", help="release to write")
+    for option, default, about in (
+        ("--triplets", 4000, "to estimate from"),
+        ("--bins", 16, "of t"),
+        ("--batch-size", 50, "images at a time"),
+        ("--seed", 0, "of images, t and eps"),
+    ):
+        five.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{about} (%(default)s)"
+        )
+    five.add_argument(
+        "--statistics",
+        default="image",
+        choices=("image", "channel", "none"),
+        help="of Eq. 10 (%(default)s)",
+    )
+    five.add_argument("--device", default="cpu", help="cpu, cuda, … (%(default)s)")
+
     for option, variable, alone in (("--rank", "RANK", "0"), ("--world-size", "WORLD_SIZE", "1")):
         four.add_argument(
             option,

@@ -24,8 +24,13 @@ from lmc.images import expand_shards
 from lmc.training.base import TrainingModule
 
 # The fewest denoiser evaluations of an image and step, at guidance scales other than 1.
-EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3, "ms_sds": 10}
-ONE_BRANCH = ("sds", "dds", "pds")  # at guidance scale 1 they need the conditional half only
+EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3, "vsd": 4}
+ONE_BRANCH = (
+    "sds",
+    "dds",
+    "pds",
+    "ms_sds",
+)  # at guidance scale 1 they need the conditional half only
 DENOISERS, CODERS = ("unet", "transformer"), ("vae",)
 PARTS = (*DENOISERS, *CODERS, "text_encoder*", "tokenizer*", "scheduler")
 COUNTED = 100  # shards whose samples are counted; of more, the number is an estimate
@@ -209,17 +214,26 @@ def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
     module, _, name = model["loss"]["class_path"].rpartition(".")
     loss = getattr(importlib.import_module(module), name).name
     options = _options(model["loss"])
-    each = EVALUATIONS.get(loss)
-    if loss == "ms_sds" and isinstance(options.get("steps"), int):
+    each, note = EVALUATIONS.get(loss), ""
+    if loss == "ms_sds":
         each = 2 * options["steps"]
+    if loss == "sdi":
+        # 2 int(n t) + 2, t falling from 1 to 0.
+        each, note = options["inversion_steps"] + 1, ", on average"
+    if loss == "lmc" and options["fixed_noise"]:
+        each = 3
+    if loss == "nfsd":
+        note = ", at most"
+    if loss == "vsd":
+        note = ", one of them trains the LoRA"
     if each is None:
         return None, loss
     if options.get("guidance_scale") == 1 and loss in ONE_BRANCH:
         each //= 2
     if model.get("every_class"):
         classes = len(model["classes"])
-        return each * classes, f"{loss}, each image to {classes} classes"
-    return each, f"{loss}, at most" if loss == "nfsd" else loss
+        return each * classes, f"{loss}{note}, each image to {classes} classes"
+    return each, loss + note
 
 
 def memory(size: int, config: Mapping[str, Any], prior: Any, ranks: int) -> str:
