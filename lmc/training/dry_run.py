@@ -111,7 +111,8 @@ def build_model(
     """The training module with its network on the meta device, for the sake of its sizes."""
     given = {**config, "prior": Unread(prior or SimpleNamespace(channels=3, latent=False))}
     if "loss" in given:
-        given["loss"] = SimpleNamespace()  # it may load a corrector's weights
+        # It may load a corrector's weights.
+        given["loss"] = SimpleNamespace(time=None, negative_prompt=None)
     with torch.device("meta"):
         return model_class(**given)
 
@@ -212,6 +213,8 @@ def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
     each = EVALUATIONS.get(loss)
     if loss == "ms_sds" and isinstance(options.get("steps"), int):
         each = 2 * options["steps"]
+    if loss == "lmc" and options.get("fixed_noise"):
+        each = 3
     if each is None:
         return None, loss
     if options.get("guidance_scale") == 1 and loss in ONE_BRANCH:
