@@ -1,4 +1,7 @@
-"""`lmc evaluate`, `translate`, `release`: what is done with trained networks; `lmc triplets`."""
+"""`lmc evaluate`, `translate`, `release`: what is done with trained networks; `lmc triplets`.
+
+`lmc compare`: the translator trained with several losses.
+"""
 
 import argparse
 import json
@@ -7,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lmc.cli import compare
 
 PROMPT = "a photo of a {}"
 
@@ -261,6 +266,8 @@ def parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"of this process; default ${variable}, which torchrun sets, else {alone}",
         )
+
+    compare.add_parser(commands)
     return main
 
 
