@@ -241,6 +241,7 @@ class DiffusersPrior:
             self.classes[label] = number
         self._denoiser: torch.nn.Module | None = None
         self._vae: Any = None
+        self._lora: dict[str, torch.nn.Parameter] = {}
         self._digest: str | None = None
 
     @property
@@ -395,25 +396,31 @@ class DiffusersPrior:
             denoiser.add_adapter(config, adapter_name="lora")
         except ValueError as error:
             raise ValueError(f"{self.pretrained}: no LoRA fits the denoiser: {error}") from error
-        denoiser.disable_adapters()
-        lora = {name: p for name, p in denoiser.named_parameters() if ".lora." in name}
-        for weight in lora.values():
+        self._lora = {name: p for name, p in denoiser.named_parameters() if ".lora." in name}
+        for weight in self._lora.values():
             weight.data = weight.data.float()  # whatever the denoiser's own dtype
-            weight.requires_grad_(True)
-        return lora
+        self._switch_lora_off()
+        return self._lora
 
     def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
         """`predict` with the LoRA of `add_lora`; differentiable in its weights.
 
         Raises:
-            RuntimeError: `to` was not called.
+            RuntimeError: `to` or `add_lora` was not called.
         """
         denoiser = self._loaded(self._denoiser)
+        if not self._lora:
+            raise RuntimeError("call prior.add_lora(rank) before predict_lora")
         denoiser.enable_adapters()
         try:
             return self._predict(z_t, t, embedding)
         finally:
-            denoiser.disable_adapters()
+            self._switch_lora_off()
+
+    def _switch_lora_off(self) -> None:
+        self._loaded(self._denoiser).disable_adapters()
+        for weight in self._lora.values():
+            weight.requires_grad_(True)  # which switching off has ended
 
     def _predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
         denoiser = self._loaded(self._denoiser)

@@ -1,5 +1,6 @@
 """What was measured and made, for people who look: picture grids, plots of spectra, tables."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,20 +69,45 @@ def spectra_figure(spectra: Mapping[str, Sequence[Tensor]], names: Sequence[str]
     return figure
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+# The table's columns: what is measured, its heading and format.
+COLUMNS = {
+    "distance": ("{distance_name} to source", ".3f"),
+    "clip_score": ("CLIP score", ".3f"),
+    "r_precision": ("R-Precision", ".3f"),
+    "spectrum_error": ("spectrum error", ".3f"),
+}
+
+
+def table(
+    rows: Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]],
+    more: Mapping[str, tuple[str, str]] | None = None,
+) -> str:
     """The translators' measurements as a Markdown table, one row a loss.
 
     Args:
-        rows: `evaluate_translator`'s result by name.
+        rows: `evaluate_translator`'s result by name; or several of them, of one seed each: their
+            mean ± sample standard deviation is shown, and 'failed' where there are none.
+        more: further columns, as `COLUMNS`; a row that lacks one has a dash there.
     """
-    distance = next(iter(rows.values()))["distance_name"]
-    lines = [
-        f"| loss | {distance} to source | CLIP score | R-Precision | spectrum error |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {row['distance']:.3f} | {row['clip_score']:.3f} | "
-        f"{row['r_precision']:.3f} | {row['spectrum_error']:.3f} |"
-        for name, row in rows.items()
-    ]
+    seeds = {n: [row] if isinstance(row, Mapping) else list(row) for n, row in rows.items()}
+    columns = COLUMNS | dict(more or {})
+    about = next((row for several in seeds.values() for row in several), {"distance_name": "rmse"})
+    heads = [head.format_map(about) for head, _ in columns.values()]
+    lines = [f"| {' | '.join(['loss', *heads])} |", "|---" * (1 + len(columns)) + "|"]
+    for name, several in seeds.items():
+        cells = [
+            spread([row[key] for row in several if row.get(key) is not None], form)
+            for key, (_, form) in columns.items()
+        ]
+        cells = cells if several else ["failed", *[""] * (len(columns) - 1)]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean ± sample standard deviation; of one value or one count, that; a dash of none."""
+    if not values:
+        return "–"
+    if len(values) == 1 or (isinstance(values[0], int) and len(set(values)) == 1):
+        return format(values[0], form)
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"

@@ -24,6 +24,7 @@ OPTIONS = {
     "translate": "INPUT --translator --to --out --device",
     "release": "RUN --out --results --row --picture",
     "triplets": "--config --out --times-per-image --batch-size --device --rank --world-size",
+    "compare": "--config --losses --seeds --out --clip --jobs --device --KEY=VALUE",
 }
 
 

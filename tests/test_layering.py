@@ -21,6 +21,7 @@ ORDER = (
     "report",
     "release",
     "training",
+    "compare",
 )
 LAST = ("cli", "__main__")  # beside training: they may import anything of ours
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -507,13 +507,13 @@ def test_a_dry_runs_sizes_are_those_of_a_run(two, tiny_prior_folder, data, capsy
     assert "would go on" in said["run"]
 
 
-@pytest.mark.parametrize("loss", ["SDS", "Cond", "DDS", "LMC", "SDS at 1", "DDS at 1"])
+@pytest.mark.parametrize("loss", ["SDS", "Cond", "DDS", "LMC", "LMC fixed", "SDS at 1", "DDS at 1"])
 @pytest.mark.parametrize("every_class", ["true", "false"])
 def test_a_dry_run_counts_the_evaluations(
     tiny_prior_folder, data, tmp_path, capsys, monkeypatch, loss, every_class
 ):
     """Against the images that a training shows the prior."""
-    name, _, scale = loss.partition(" at ")
+    name, _, scale = loss.removesuffix(" fixed").partition(" at ")
     args = worlds.translator_args(tiny_prior_folder, data, tmp_path / "run", name)
     args += [f"--model.every_class={every_class}", "--trainer.limit_val_batches=0"]
     args += [f"--model.loss.init_args.guidance_scale={scale}"] if scale else []
@@ -522,6 +522,7 @@ def test_a_dry_run_counts_the_evaluations(
         prior = lmc.priors.DiffusersPrior(str(tiny_prior_folder))
         Corrector(3, [8, 8], prior=prior.identity).save_pretrained(tmp_path / "corrector")
         args += [f"--model.loss.init_args.corrector={tmp_path / 'corrector'}"]
+        args += [f"--model.loss.init_args.fixed_noise={'fixed' in loss}"]
     said = dry(train_translator.main, [*args, "--dry-run"], capsys)
     counted, right = [], lmc.priors.DiffusersPrior.predict
 

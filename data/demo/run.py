@@ -11,15 +11,17 @@ cores three single-threaded processes do more than one with two threads.
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from lmc.training.side_by_side import Trainings
 
 ROOT = Path(__file__).parents[2]
 OUT = Path("runs/demo")
@@ -36,99 +38,39 @@ LOSSES = {
 COST = {"bias": 0.3, "lmc": 1.0, "sds": 0.9, "dds": 1.3}
 
 
-class Trainings:
-    """Runs the training scripts, logs them to files, and says how far they are together."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.steps: dict[str, tuple[int, int]] = {}
-        self.first: dict[str, int] = {}
-        self.running: set[subprocess.Popen[str]] = set()
-        self.lock = threading.Lock()
-
-    def train(self, name: str, script: str, options: list[str], extra: list[str]) -> None:
-        """Run one training to its end.
-
-        Raises:
-            RuntimeError: it failed; shows the end of its log.
-        """
-        kind = "bias" if name == "bias" else "translator"
-        command = [sys.executable, script, "fit", "--config", f"configs/{kind}/demo.yaml", *options]
-        log = OUT / f"{name}.log"
-        with open(log, "w") as file:
-            process = subprocess.Popen(
-                [*command, *extra],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            )
-            self.running.add(process)
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                if match := re.search(r"steps? (\d+)(?:/| to )(\d+)", line):
-                    done, total = int(match[1]), int(match[2])
-                    with self.lock:
-                        self.first.setdefault(name, done)
-                        self.steps[name] = (done, total)
-            if process.wait() != 0:
-                for other in self.running - {process}:
-                    other.terminate()
-                tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
-                raise RuntimeError(f"training {name!r} failed, see {log}:\n{tail}")
-
-    def show(self) -> None:
-        """One line: the steps of each training and the time left for all."""
-        with self.lock:
-            steps, first = dict(self.steps), dict(self.first)
-        known = next((total for name, (_, total) in steps.items() if name != "bias"), 0)
-        work = done = 0.0
-        for name, cost in COST.items():
-            at, total = steps.get(name, (0, known))
-            work += cost * (total - first.get(name, 0))
-            done += cost * (at - first.get(name, 0))
-        if not done or not known:
-            return
-        left = (time.monotonic() - self.start) * (work - done) / done
-        parts = "  ".join(f"{name} {at}/{total}" for name, (at, total) in steps.items())
-        print(
-            f"{parts}  about {left / 60:.1f} min of training left, then the evaluation", flush=True
-        )
-
-
 def call(*command: str) -> None:
     """Run a Python command of this repository, showing what it prints."""
     subprocess.run([sys.executable, *command], check=True)
 
 
-def train_all(extra: list[str]) -> None:
-    """The corrector and then LMC-SDS; SDS and DDS beside them."""
-    trainings = Trainings()
+def train_all(steps: int | None) -> None:
+    """The corrector and then LMC-SDS; SDS and DDS beside them. `steps` in place of the configs'."""
+    totals = {name: steps or configured_steps(kind(name)) for name in COST}
+    trainings = Trainings(totals, COST)
 
-    def translator(name: str) -> None:
-        trainings.train(name, "train_translator.py", LOSSES[name], extra)
+    def train(name: str, options: list[str]) -> None:
+        script, config = f"train_{kind(name)}.py", f"configs/{kind(name)}/demo.yaml"
+        command = [sys.executable, script, "fit", "--config", config, *options]
+        more = [f"--trainer.max_steps={steps}"] if steps else []
+        trainings.train(name, [*command, *more], OUT / f"{name}.log")
 
     def corrector_then_lmc() -> None:
-        trainings.train("bias", "train_bias.py", [], extra)
+        train("bias", [])
         call("-m", "lmc.cli", "release", f"{OUT}/bias", "--out", f"{OUT}/release/corrector")
-        translator("lmc")
+        train("lmc", LOSSES["lmc"])
 
-    with ThreadPoolExecutor(3) as pool:
-        jobs = [pool.submit(corrector_then_lmc)]
-        jobs += [pool.submit(translator, name) for name in ("dds", "sds")]
-        try:
-            while not all(job.done() for job in jobs):
-                if any(job.done() and job.exception() for job in jobs):
-                    break
-                time.sleep(10)
-                trainings.show()
-        finally:
-            for process in trainings.running:
-                process.terminate()  # where one failed or the user stops; a no-op when all are done
-    for job in jobs:
-        job.result()
+    others = [partial(train, name, LOSSES[name]) for name in ("dds", "sds")]
+    trainings.run([corrector_then_lmc, *others], side_by_side=3)
+
+
+def kind(name: str) -> str:
+    """Which of the two trainings one is."""
+    return "bias" if name == "bias" else "translator"
+
+
+def configured_steps(kind: str) -> int:
+    """How many steps the demo's configuration of a training has."""
+    return yaml.safe_load(Path(f"configs/{kind}/demo.yaml").read_text())["trainer"]["max_steps"]
 
 
 def evaluate() -> dict[str, Any]:
@@ -186,7 +128,7 @@ def main() -> None:
         shutil.rmtree(OUT, ignore_errors=True)
     if not (OUT / "data/cats/index.json").exists():
         call("data/demo/prepare.py", "--out", f"{OUT}/data", "--count", str(args.count))
-    train_all([f"--trainer.max_steps={args.steps}"] if args.steps else [])
+    train_all(args.steps)
     for name in LOSSES:
         call("-m", "lmc.cli", "release", f"{OUT}/{name}", "--out", f"{OUT}/release/{name}")
     print("evaluating on the held-out pictures", flush=True)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lmc.cli import compare
+
 PROMPT = "a photo of a {}"
 
 
@@ -349,6 +351,8 @@ def parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"of this process; default ${variable}, which torchrun sets, else {alone}",
         )
+
+    compare.add_parser(commands)
     return main
 
 

@@ -1,7 +1,10 @@
 """The command line of both training scripts: one YAML, one run folder, resumed by itself."""
 
+import argparse
+import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,47 @@ class TrainingCLI(LightningCLI):
                     flush=True,
                 )
         return kwargs
+
+
+class ConfigReader(TrainingCLI):
+    """Reads a training's command line, and builds and runs nothing of it."""
+
+    def __init__(self, model_class: type[TrainingModule]) -> None:
+        super().__init__(model_class)
+
+    def read(self, args: Sequence[str]) -> dict[str, Any]:
+        """The whole configuration that `fit` with these arguments would have, as plain values.
+
+        Raises:
+            ValueError: what is wrong with them, with the option's name.
+        """
+        try:
+            config = self.parser.parse_args(["fit", *args])
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error)) from error
+        return json.loads(self.parser.dump(config, format="json", skip_none=False))["fit"]
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Parsers that raise their errors."""
+        raising = {
+            name: {**given, "exit_on_error": False} for name, given in subparser_kwargs.items()
+        }
+        super().setup_parser(add_subcommands, {**main_kwargs, "exit_on_error": False}, raising)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Not before `read`."""
+        self.config = Namespace(subcommand=None)
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """No dry run either."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
 
 
 def plain(value: Any) -> Any:

@@ -116,7 +116,8 @@ def build_model(
     """The training module with its network on the meta device, for the sake of its sizes."""
     given = {**config, "prior": Unread(prior or SimpleNamespace(channels=3, latent=False))}
     if "loss" in given:
-        given["loss"] = SimpleNamespace()  # it may load a corrector's weights
+        # It may load a corrector's weights.
+        given["loss"] = SimpleNamespace(time=None, negative_prompt=None)
     with torch.device("meta"):
         return model_class(**given)
 

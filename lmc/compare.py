@@ -1,0 +1,437 @@
+"""The translator trained with one loss after another at equal steps and seeds, and measured."""
+
+import csv
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import jsonargparse
+import torch
+from torch.utils.data import DataLoader
+
+from lmc import losses
+from lmc.evaluate import Clip, distances, evaluate_translator
+from lmc.images import ImageStream
+from lmc.losses import ScoreDistillation
+from lmc.priors import Prior
+from lmc.release import load_averaged
+from lmc.report import labelled_grid, table
+from lmc.training.cli import ConfigReader
+from lmc.training.dry_run import build_model, per_image
+from lmc.training.side_by_side import TrainingFailed, Trainings
+from lmc.training.translator import TranslatorTraining
+from lmc.translator import Translator
+
+# Every loss of lmc.losses by its name.
+LOSSES: dict[str, type[ScoreDistillation]] = {
+    value.name: value
+    for value in vars(losses).values()
+    if inspect.isclass(value) and issubclass(value, ScoreDistillation) and hasattr(value, "name")
+}
+BATCH, PICTURES = 50, 10  # held-out images at a time, and in the picture
+COLUMNS = {
+    "evaluations_per_image": ("evaluations per image and step", ".0f"),
+    "seconds": ("seconds of training", ".0f"),
+}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A loss as the user wrote it, `name[:key=value]*`.
+
+    Attributes:
+        label: the text itself.
+        class_path: of the loss.
+        options: of its constructor, by name, in place of the configuration's.
+    """
+
+    label: str
+    class_path: str
+    options: dict[str, str]
+
+    def arguments(self) -> list[str]:
+        """The same as arguments of the training."""
+        return [
+            f"--model.loss={self.class_path}",
+            *(f"--model.loss.{key}={value}" for key, value in self.options.items()),
+        ]
+
+    def folder(self) -> str:
+        """The label as the name of a folder, another for every label."""
+        name = self.label.replace(":", "+")
+        safe = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII)[:100]
+        if safe.replace("+", ":") == self.label:
+            return safe
+        return f"{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: a loss and a seed.
+
+    Attributes:
+        spec, seed: which.
+        folder: its run folder.
+        steps: how many it shall have.
+        evaluations: of the denoiser, per image and step; None is not known.
+    """
+
+    spec: Spec
+    seed: int
+    folder: Path
+    steps: int
+    evaluations: int | None
+
+    @property
+    def name(self) -> str:
+        """As messages say it."""
+        return f"{self.spec.label} seed {self.seed}"
+
+
+def parse_specs(text: str | None) -> list[Spec]:
+    """Losses separated by commas, each `name[:key=value]*`; one with a comma in quotes.
+
+    Args:
+        text: None is every loss of lmc.losses.
+
+    Raises:
+        ValueError: a loss or a key that is not known (says which are), or one loss twice.
+    """
+    if text is None:
+        labels = list(LOSSES)
+    else:
+        labels = [label.strip() for label in next(csv.reader([text], skipinitialspace=True), [])]
+    specs = [parse_spec(label) for label in labels]
+    if not specs:
+        raise ValueError(f"no loss is named; known are {', '.join(LOSSES)}")
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"the loss {label!r} is named twice")
+    return specs
+
+
+def parse_spec(label: str) -> Spec:
+    """One of them.
+
+    Raises:
+        ValueError: see `parse_specs`.
+    """
+    name, *parts = re.split(r":(?=\w+=)", label)  # a value may have colons
+    loss = LOSSES.get(name) or _import(name)
+    known = list(inspect.signature(loss).parameters)
+    options: dict[str, str] = {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise ValueError(f"the loss {name!r} has no {key!r}; it has {', '.join(known)}")
+        if key in options:
+            raise ValueError(f"the loss {label!r} has {key!r} twice")
+        options[key] = value
+    return Spec(label, f"{loss.__module__}.{loss.__qualname__}", options)
+
+
+def compare(
+    config: Path,
+    out: Path,
+    clip: str,
+    specs: Sequence[Spec],
+    seeds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+    jobs: int = 1,
+    device: str = "cpu",
+    say: Say = print,
+) -> list[str]:
+    """Train with every loss and seed, measure on the held-out images, write the comparison.
+
+    `out` gets results.json, table.md and grid.png, and a run folder LOSS/seedK each, with log.txt.
+    What is done there already is not done again.
+
+    Args:
+        config: of train_translator.py.
+        out: folder to write.
+        clip: folder or hub id of the CLIP model that measures.
+        specs: the losses.
+        seeds: None is the configuration's own.
+        overrides: further arguments of every training, such as --trainer.max_steps=100.
+        jobs: trainings side by side.
+        device: where the measuring runs.
+        say: where lines of progress go.
+
+    Returns:
+        What failed, a line each: the name of the training and its log.
+
+    Raises:
+        OSError, ValueError: the configuration, a loss or a folder is not what it must be. Nothing
+            was trained.
+    """
+    base = [f"--config={config}", *overrides]
+    reader = ConfigReader(TranslatorTraining)
+    configs = {spec.label: _configure(reader, spec, [*base, f"--run={out}"]) for spec in specs}
+    common = next(iter(configs.values()))
+    if seeds is None:
+        own = common["seed_everything"]
+        seeds = [own if type(own) is int else 0]
+    _check(configs)
+    model = Clip(clip, device)
+    _claim(out, configs)
+    runs = [
+        Run(
+            spec,
+            seed,
+            out / spec.folder() / f"seed{seed}",
+            common["trainer"]["max_steps"],
+            per_image(configs[spec.label]["model"])[0],
+        )
+        for spec in specs
+        for seed in seeds
+    ]
+    failed = _train(runs, base, jobs, say)
+    measure = partial(_measure, clip=(clip, model), config=common, device=device, say=say)
+    source = measure(None, out / "source", "the source images")
+    by_loss: dict[str, dict[str, Any]] = {spec.label: {} for spec in specs}
+    for run in runs:
+        by_loss[run.spec.label][str(run.seed)] = failed.get(run.name) or {
+            **measure(run.folder, run.folder, run.name),
+            **json.loads((run.folder / "training.json").read_text()),
+            "evaluations_per_image": run.evaluations,
+        }
+    lines = [f"{name} failed, see {row['log']}" for name, row in failed.items()]
+    text = "\n\n".join([_table(source, by_loss), *lines])
+    _write(out / "results.json", json.dumps({"source": source, "losses": by_loss}, indent=1))
+    _write(out / "table.md", text)
+    # Of each loss the first seed that did not fail.
+    shown = {run.spec.label: run.folder for run in reversed(runs) if run.name not in failed}
+    _picture(dict(reversed(shown.items())), common, out)
+    say(text)
+    return lines
+
+
+def _table(source: Mapping[str, Any], by_loss: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows of results.json as Markdown, the seeds of a loss as one."""
+    rows: dict[str, Any] = {"source": source}
+    for label, seeds in by_loss.items():
+        good = [row for row in seeds.values() if "failed" not in row]
+        some = f" ({len(good)} of {len(seeds)} seeds)" if 0 < len(good) < len(seeds) else ""
+        rows[label + some] = good
+    return table(rows, COLUMNS)
+
+
+def _import(name: str) -> type[ScoreDistillation]:
+    """A loss by its class path."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        loss = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"unknown loss {name!r} ({error}); known are {', '.join(LOSSES)}, or give a class path"
+        ) from error
+    if not (inspect.isclass(loss) and issubclass(loss, ScoreDistillation)):
+        raise ValueError(f"{name} is no class of a loss (ScoreDistillation)")
+    return loss
+
+
+def _configure(reader: ConfigReader, spec: Spec, args: Sequence[str]) -> dict[str, Any]:
+    """The whole configuration of a training with this loss."""
+    try:
+        return reader.read([*args, *spec.arguments()])
+    except ValueError as error:
+        raise ValueError(f"the loss {spec.label!r}: {' '.join(str(error).split())}") from error
+
+
+def _check(configs: Mapping[str, dict[str, Any]]) -> None:
+    """Find out what is wrong with the configurations, by loss, as far as it needs no weights."""
+    seen: dict[str, str] = {}
+    for label, config in configs.items():
+        same = seen.setdefault(json.dumps(config["model"]["loss"]), label)
+        if same != label:
+            raise ValueError(
+                f"the losses {same!r} and {label!r} are one and the same with this configuration"
+            )
+        try:
+            _build(ScoreDistillation, config["model"]["loss"])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the loss {label!r}: {error}") from error
+    config = next(iter(configs.values()))
+    if config["trainer"]["max_steps"] < 1:
+        raise ValueError("trainer.max_steps must say how many steps to train")
+    build_model(TranslatorTraining, config["model"], _build(Prior, config["model"]["prior"]))
+    for split in ("train", "heldout"):
+        data = config["data"]
+        ImageStream(data[split], data["image_size"], 1, training=False).check()
+
+
+def _build(kind: Any, config: dict[str, Any]) -> Any:
+    """The object that `class_path` and `init_args` describe."""
+    parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--it", type=kind)
+    # Renamed in jsonargparse 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parser.parse_object({"it": config})).it
+
+
+def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> None:
+    """Note in the folder what is compared there, and refuse the comparison of something else."""
+    file = out / "comparison.json"
+    first = next(iter(configs.values()))
+    apart = ("run", "seed_everything")
+    here: dict[str, Any] = {key: value for key, value in first.items() if key not in apart}
+    here["model"] = {key: value for key, value in first["model"].items() if key != "loss"}
+    here = {"config": here, "losses": {k: c["model"]["loss"] for k, c in configs.items()}}
+    if file.exists():
+        there = json.loads(file.read_text())
+        shared = here["losses"].keys() & there["losses"].keys()
+        old, new = (
+            dict(_flat({**x["config"], **{key: x["losses"][key] for key in sorted(shared)}}))
+            for x in (there, here)
+        )
+        different = [
+            f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"{out} holds the comparison of another configuration: {'; '.join(different[:5])}. "
+                "Name another folder (--out)"
+            )
+        here["losses"] = there["losses"] | here["losses"]
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is there and is no comparison: name another folder (--out)")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(file, json.dumps(here, indent=1))
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts by their dotted keys."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _flat(item, f"{name}.{key}" if name else key)
+
+
+def _train(runs: Sequence[Run], base: Sequence[str], jobs: int, say: Say) -> dict[str, Any]:
+    """Train what is not done yet; what failed by name: 'failed' (the log's end) and 'log'."""
+    left = [run for run in runs if _steps_done(run.folder) < run.steps]
+    say(f"{len(runs)} trainings, {len(runs) - len(left)} of them done already")
+    failed: dict[str, Any] = {}
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs)
+    trainings = Trainings(
+        {run.name: run.steps for run in left},
+        # One that is not known counts like DDS.
+        {run.name: run.evaluations or 4 for run in left},
+        int(threads),
+        say,
+    )
+
+    def train(run: Run) -> None:
+        log, times = run.folder / "log.txt", run.folder / "training.json"
+        run.folder.mkdir(parents=True, exist_ok=True)
+        seconds = json.loads(times.read_text())["seconds"] if times.exists() else 0.0
+        command = [sys.executable, "-m", "lmc.training", "translator", "fit", *base]
+        command += [*run.spec.arguments(), f"--run={run.folder}", f"--seed_everything={run.seed}"]
+        start = time.monotonic()
+        why = ""
+        try:
+            trainings.train(run.name, command, log)
+        except TrainingFailed as error:
+            why = error.tail
+        finally:
+            done = _steps_done(run.folder)
+            seconds += time.monotonic() - start
+            _write(times, json.dumps({"seconds": round(seconds, 1), "steps": done}))
+        if not why and done < run.steps:
+            why = f"it ended after {done} of {run.steps} steps"
+        if why:
+            failed[run.name] = {"failed": why, "log": str(log)}
+            say(f"{run.name} failed, see {log}:\n{why}")
+
+    trainings.run([partial(train, run) for run in left], jobs)
+    return {run.name: failed[run.name] for run in runs if run.name in failed}
+
+
+def _steps_done(folder: Path) -> int:
+    """The step of a run's checkpoint; 0 where there is none, or none that can be read."""
+    file = folder / "checkpoints" / "last.ckpt"
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except (FileNotFoundError, UnpicklingError, RuntimeError, EOFError):
+        return 0  # the training itself says what is wrong with it
+
+
+def _measure(
+    run: Path | None,
+    folder: Path,
+    name: str,
+    clip: tuple[str, Clip],
+    config: Mapping[str, Any],
+    device: str,
+    say: Say,
+) -> dict[str, Any]:
+    """`evaluate_translator` of a run's averaged weights, or of none, kept in `folder`."""
+    file = folder / "evaluation.json"
+    about: dict[str, Any] = {"clip": clip[0], "distances": list(distances())}
+    if run is not None:
+        checkpoint = (run / "checkpoints" / "last.ckpt").stat()
+        about["checkpoint"] = [checkpoint.st_size, checkpoint.st_mtime_ns]
+    if file.exists():
+        there = json.loads(file.read_text())
+        if there["of"] == about:
+            return there["measured"]
+    model, data = config["model"], config["data"]
+    stream = ImageStream(data["heldout"], data["image_size"], BATCH, training=False)
+    translator = None if run is None else _translator(run).to(device)
+    measured = evaluate_translator(
+        translator,
+        DataLoader(stream, batch_size=None),
+        clip[1],
+        {target: model["prompt"].format(target) for target in model["classes"]},
+        model["prompt"].format(model["source"]),
+        device,
+    )
+    folder.mkdir(exist_ok=True)
+    _write(file, json.dumps({"of": about, "measured": measured}, indent=1))
+    say(f"measured {name}: {measured['images']} images")
+    return measured
+
+
+def _picture(runs: Mapping[str, Path], config: Mapping[str, Any], out: Path) -> None:
+    """grid.png: held-out images, then a block a loss with a row a class, of the same images."""
+    data, model = config["data"], config["model"]
+    stream = ImageStream(data["heldout"], data["image_size"], PICTURES, training=False)
+    source = next(iter(stream)).image
+    blocks = {"held-out images": {model["source"]: source}}
+    for label, run in runs.items():
+        translator = _translator(run)
+        with torch.no_grad():
+            blocks[label] = {
+                target: translator(source, translator.class_ids([target] * len(source)))
+                for target in model["classes"]
+            }
+    partial_file = out / "grid.partial.png"
+    labelled_grid(blocks).save(partial_file)
+    os.replace(partial_file, out / "grid.png")
+
+
+def _translator(run: Path) -> Translator:
+    network, _ = load_averaged(run)
+    assert isinstance(network, Translator)
+    return network
+
+
+def _write(file: Path, text: str) -> None:
+    partial_file = file.with_name(f"{file.name}.partial")
+    partial_file.write_text(text + "\n")
+    os.replace(partial_file, file)

@@ -1,0 +1,453 @@
+"""`lmc compare`: what is trained, what is not trained again, what is written, what is refused."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from test_evaluate import build_clip_folder
+from torch.utils.data import DataLoader
+
+import lmc.training.__main__ as training
+from lmc.cli import main
+from lmc.compare import LOSSES, parse_specs
+from lmc.evaluate import Clip, evaluate_translator
+from lmc.images import ImageStream
+from lmc.release import load_averaged
+from lmc.report import table
+from lmc.training.side_by_side import Stopped, TrainingFailed, Trainings
+
+import worlds
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_prior_folder: Path) -> Path:
+    """Shards, a CLIP, and a configuration with each of two losses."""
+    folder = tmp_path_factory.mktemp("compare")
+    data = worlds.write_world(folder / "shards")
+    build_clip_folder(folder / "clip")
+    prior = {"pretrained": str(tiny_prior_folder)}
+    config = {
+        "run": "none",
+        "seed_everything": 3,
+        "model": {
+            "prior": {"class_path": "lmc.priors.DiffusersPrior", "init_args": prior},
+            "classes": ["dog", "bear"],
+            "image_size": 16,
+            "widths": [8, 8],
+        },
+        "data": {
+            "train": f"{data}/train-*.tar",
+            "heldout": f"{data}/heldout-*.tar",
+            "image_size": 16,
+            "batch_size": 4,
+            "shuffle": 10,
+        },
+        "trainer": {"accelerator": "cpu", "max_steps": STEPS, "limit_val_batches": 0},
+        "save_every": 2,
+    }
+    for name, more in (("SDS", {}), ("LMC", {"corrector": "identity"})):
+        init_args = {"guidance_scale": 5, **more}
+        config["model"]["loss"] = {"class_path": f"lmc.losses.{name}", "init_args": init_args}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """Trains in this process, which is faster; the names of what was trained."""
+    names: list[str] = []
+
+    def train(self: Trainings, name: str, command: list[str], log: Path) -> None:
+        assert command[:3] == [sys.executable, "-m", "lmc.training"]
+        names.append(name)
+        log.write_text("")
+        try:
+            training.main(command[3:])
+        except Exception as error:
+            log.write_text(f"first line\n{error}\n")
+            raise TrainingFailed(name, log) from error
+
+    monkeypatch.setattr(Trainings, "train", train)
+    return names
+
+
+def args(world: Path, out: Path, losses: str | None, *more: str, config: str = "LMC") -> list[str]:
+    named = ["--losses", losses] if losses else []
+    where = ["--config", str(world / f"{config}.yaml"), "--out", str(out)]
+    return ["compare", *where, "--clip", str(world / "clip"), *named, *more]
+
+
+def message(*given: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(given))
+    assert isinstance(caught.value.code, str), "exits with status 1 and a message"
+    return caught.value.code
+
+
+# ---------------------------------------------------------------------------------------------
+# Which losses
+
+
+def test_specs():
+    text = (
+        'sds, sds:guidance_scale=100,lmc:corrector=a:b:keep_ratio=true,"nfsd:negative_prompt=x, y",'
+        "lmc.losses.DDS"
+    )
+    specs = parse_specs(text)
+    assert [(spec.label, spec.class_path, spec.options) for spec in specs] == [
+        ("sds", "lmc.losses.SDS", {}),
+        ("sds:guidance_scale=100", "lmc.losses.SDS", {"guidance_scale": "100"}),
+        (
+            "lmc:corrector=a:b:keep_ratio=true",
+            "lmc.losses.LMC",
+            {"corrector": "a:b", "keep_ratio": "true"},
+        ),
+        ("nfsd:negative_prompt=x, y", "lmc.losses.NFSD", {"negative_prompt": "x, y"}),
+        ("lmc.losses.DDS", "lmc.losses.DDS", {}),
+    ]
+    assert specs[1].arguments() == [
+        "--model.loss=lmc.losses.SDS",
+        "--model.loss.guidance_scale=100",
+    ]
+
+
+def test_all_losses_are_the_default():
+    assert [spec.label for spec in parse_specs(None)] == list(LOSSES)
+    assert set(LOSSES) == {"sds", "cond", "lmc", "dds", "nfsd", "ms_sds", "pds", "vsd", "sdi"}
+
+
+def test_folders_are_safe_and_tell_labels_apart():
+    labels = [
+        "sds",
+        "sds:guidance_scale=100",
+        "lmc:corrector=../a/b",
+        "lmc:corrector=.._a_b",
+        "lmc:corrector=../a b",
+        "nfsd:negative_prompt=a+b",
+        "nfsd:negative_prompt=a_b",
+        f"nfsd:negative_prompt={'x' * 300}",
+        f"nfsd:negative_prompt={'x' * 301}",
+    ]
+    folders = [parse_specs(label)[0].folder() for label in labels]
+    assert folders[:2] == ["sds", "sds+guidance_scale=100"]
+    assert len(set(folders)) == len(labels)
+    assert all(re.fullmatch(r"[\w.=+-]{1,120}", folder, re.ASCII) for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["known are", "sds"]),
+        ("sds,", ["''", "known are"]),
+        ("sdss", ["'sdss'", "sds, cond, lmc"]),
+        ("sds:guidance_scale", ["'sds:guidance_scale'"]),
+        ("sds:omega=3", ["'omega'", "guidance_scale, weighting"]),
+        ("sds:rescale=true:rescale=false", ["'rescale' twice"]),
+        ("sds,lmc,sds", ["'sds' is named twice"]),
+        ("lmc.losses.NoSuch", ["'lmc.losses.NoSuch'", "class path"]),
+        ("no_such_module.Loss", ["no_such_module"]),
+        ("lmc.losses.Gradient", ["no class of a loss"]),
+    ],
+)
+def test_refused_specs(text, words):
+    with pytest.raises(ValueError) as caught:
+        parse_specs(text)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("losses", "more", "words"),
+    [
+        (None, [], "the loss 'lmc'.*required: corrector"),
+        ("lmc:corrector=no/such/at", [], "the loss 'lmc:corrector=no/such/at'.*no/such/at"),
+        ("sds:guidance_scale=x", [], "the loss 'sds:guidance_scale=x'.*float"),
+        ("sds:guidance_scale=-1", [], "must not be negative"),
+        ("cond,sds,sds:guidance_scale=5", [], "'sds' and 'sds:guidance_scale=5' are one"),
+        ("sds", ["--", "--trainer.max_steps=-1"], "max_steps"),
+        ("sds", ["--", "--trainer.no_such=1"], "no_such"),
+        ("sds", ["--", "--model.prompt=a photo"], "has no {}"),
+        ("sds", ["--", "--data.heldout=no/such-*.tar"], "no shards at no/such"),
+        ("sds", ["--", "--model.prior.init_args.pretrained=no/prior/at"], "no/prior/at"),
+        ("sds", ["--clip", "no/clip/at"], "no/clip/at"),
+    ],
+)
+def test_refused_before_anything_is_trained(world, trained, tmp_path, losses, more, words):
+    out = tmp_path / "out"
+    assert re.search(words, message(*args(world, out, losses, *more, config="SDS")), re.DOTALL)
+    assert not trained and not out.exists()
+
+
+@pytest.mark.parametrize("option", [["--seeds", "0,0"], ["--seeds", "-1"], ["--jobs", "0"]])
+def test_refused_numbers(world, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as caught:
+        main(args(world, tmp_path / "out", "sds", *option))
+    assert caught.value.code == 2 and option[0] in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# A comparison
+
+
+def cells(markdown: str, label: str) -> list[str]:
+    """A row of a table."""
+    (line,) = [line for line in markdown.splitlines() if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_a_comparison(world, trained, tmp_path, capsys):
+    """Two losses and one that fails with one seed; then again; then with another loss."""
+    out, obstacle = tmp_path / "out", tmp_path / "obstacle"
+    obstacle.write_text("[1]")
+    failing = f"failing_loss.While:file={obstacle}"
+    command = args(world, out, f"cond,{failing},lmc:guidance_scale=2", "--seeds", "1,0")
+    said = message(*command)
+    assert "1 trainings failed" in said
+    names = [
+        *(f"cond seed {seed}" for seed in (1, 0)),
+        *(f"{failing} seed {seed}" for seed in (1, 0)),
+        *(f"lmc:guidance_scale=2 seed {seed}" for seed in (1, 0)),
+    ]
+    assert trained == names
+    results = json.loads((out / "results.json").read_text())
+    rows = results["losses"]
+    assert list(rows) == ["cond", failing, "lmc:guidance_scale=2"]
+    row = rows[failing]["1"]
+    assert "the file is there" in row["failed"] and Path(row["log"]).exists()
+    assert rows[failing]["0"]["images"] == 24
+    for label, evaluations in (("cond", 2), ("lmc:guidance_scale=2", 2)):
+        assert set(rows[label]) == {"0", "1"}
+        for row in rows[label].values():
+            assert row["steps"] == STEPS and row["seconds"] > 0
+            assert row["evaluations_per_image"] == evaluations
+
+    # What was trained is what was asked for, and the figures are of it.
+    config = yaml.safe_load((out / "lmc+guidance_scale=2" / "seed1" / "config.yaml").read_text())
+    loss = config["model"]["loss"]
+    assert loss["class_path"] == "lmc.losses.LMC" and config["seed_everything"] == 1
+    assert loss["init_args"]["guidance_scale"] == 2 and loss["init_args"]["corrector"] == "identity"
+    config = yaml.safe_load((out / "cond" / "seed0" / "config.yaml").read_text())
+    assert config["model"]["loss"]["init_args"]["guidance_scale"] == 5, "the configuration's"
+    stream = ImageStream(f"{world}/shards/heldout-*.tar", 16, 7, training=False)
+    prompts = {name: f"a photo of a {name}" for name in ("dog", "bear")}
+    expected = evaluate_translator(
+        load_averaged(out / "cond" / "seed1")[0],
+        DataLoader(stream, batch_size=None),
+        Clip(str(world / "clip")),
+        prompts,
+        "a photo of a cat",
+    )
+    for key in ("clip_score", "distance", "spectrum_error", "r_precision"):
+        assert rows["cond"]["1"][key] == pytest.approx(expected[key], abs=1e-5)
+    assert rows["cond"]["0"]["distance"] != rows["cond"]["1"]["distance"]
+
+    # The table: mean and sample deviation, by numpy.
+    markdown = (out / "table.md").read_text()
+    assert markdown in capsys.readouterr().out
+    for label in ("cond", "lmc:guidance_scale=2"):
+        for cell, key in zip(
+            cells(markdown, label), ("distance", "clip_score", "r_precision"), strict=False
+        ):
+            values = np.array([row[key] for row in rows[label].values()])
+            assert cell == f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+        assert cells(markdown, label)[4] == "2"
+    row = cells(markdown, f"{failing} (1 of 2 seeds)")
+    assert row[0] == f"{rows[failing]['0']['distance']:.3f}" and row[4] == "–"
+    assert f"{failing} seed 1 failed, see {rows[failing]['1']['log']}" in markdown
+    assert cells(markdown, "source")[0] == f"{0:.3f}"
+    # A block of a source row, and one of two classes for each loss.
+    assert Image.open(out / "grid.png").size[1] == (1 + 3 * 2) * (16 + 2) + 4 * 18
+
+    # Again: what failed goes on from its checkpoint, the rest is neither trained nor measured.
+    trained.clear()
+    obstacle.unlink()
+    kept = {file: file.stat().st_mtime_ns for file in out.rglob("evaluation.json")}
+    assert len(kept) == 6
+    run = out / parse_specs(failing)[0].folder() / "seed1"
+    seconds = json.loads((run / "training.json").read_text())
+    assert seconds["steps"] == 2
+    main(command)
+    assert trained == [f"{failing} seed 1"]
+    said = capsys.readouterr().out
+    assert said.count("going on after step 2") == 1 and "5 of them done already" in said
+    assert said.count("measured ") == 1
+    assert all(file.stat().st_mtime_ns == before for file, before in kept.items())
+    again = json.loads((out / "results.json").read_text())
+    assert {k: v for k, v in again["losses"].items() if k != failing} == {
+        k: v for k, v in rows.items() if k != failing
+    }
+    row = again["losses"][failing]["1"]
+    assert row["steps"] == STEPS and row["seconds"] > seconds["seconds"], "of both sessions"
+
+    # More losses and seeds may be added, another configuration may not.
+    trained.clear()
+    main(args(world, out, "cond,sds", "--seeds", "2"))
+    assert trained == ["cond seed 2", "sds seed 2"]
+    trained.clear()
+    said = message(*args(world, out, "cond", "--", "--trainer.max_steps=5"))
+    assert "trainer.max_steps is 4 there and 5 here" in said and "--out" in said
+    said = message(*args(world, out, "cond", "--", "--model.loss.guidance_scale=6"))
+    assert "cond.init_args.guidance_scale is 5.0 there and 6.0 here" in said
+    main(args(world, out, "cond", "--seeds", "2"))
+    assert not trained
+
+
+def test_seed_and_folder_by_default(world, trained, tmp_path, monkeypatch):
+    """Everything else that the configuration has holds; the folder is named after it."""
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(world / "SDS.yaml"), "--clip", str(world / "clip")]
+    main(["compare", *config, "--losses", "sds", "--", "--trainer.max_steps=1"])
+    assert trained == ["sds seed 3"]
+    assert (tmp_path / "runs" / "compare" / "SDS" / "sds" / "seed3" / "config.yaml").exists()
+    markdown = (tmp_path / "runs" / "compare" / "SDS" / "table.md").read_text()
+    assert "±" not in markdown and len(cells(markdown, "sds")) == 6
+
+
+def test_a_folder_of_something_else_is_left_alone(world, trained, tmp_path):
+    (tmp_path / "mine.txt").touch()
+    assert "no comparison" in message(*args(world, tmp_path, "sds"))
+    assert not trained and [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_crash_does_not_end_the_others(world, tmp_path, monkeypatch):
+    """In processes of their own, side by side."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    out = tmp_path / "out"
+    command = args(world, out, "failing_loss.Crash,sds", "--jobs", "2", "--seeds", "0")
+    assert "1 trainings failed" in message(*command)
+    rows = json.loads((out / "results.json").read_text())["losses"]
+    assert rows["sds"]["0"]["images"] == 24 and rows["sds"]["0"]["steps"] == STEPS
+    assert rows["failing_loss.Crash"]["0"]["failed"].endswith("about to crash\n")
+    assert cells((out / "table.md").read_text(), "failing_loss.Crash")[0] == "failed"
+    assert Image.open(out / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
+    assert f"step {STEPS}/{STEPS}" in (out / "sds" / "seed0" / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# The table, and the trainings side by side
+
+
+def test_table_over_seeds():
+    def row(value: float, **more: float) -> dict:
+        keys = ("distance", "clip_score", "r_precision", "spectrum_error")
+        return {**dict.fromkeys(keys, value), "distance_name": "rmse", **more}
+
+    rows = {
+        "one": row(0.25),
+        "two": [row(0.1, n=3, m=2), row(0.3, n=5, m=2)],
+        "none": [],
+        "dash": [row(1)],
+    }
+    lines = table(rows, {"n": ("number", ".0f"), "m": ("same", ".0f")}).splitlines()
+    assert lines[0].startswith("| loss | rmse to source |") and lines[0].endswith(
+        "| number | same |"
+    )
+    assert len({line.count("|") for line in lines}) == 1
+    assert cells("\n".join(lines), "one") == ["0.250"] * 4 + ["–", "–"]
+    assert cells("\n".join(lines), "two") == ["0.200 ± 0.141"] * 4 + ["4 ± 1", "2"]
+    assert cells("\n".join(lines), "none")[0] == "failed"
+
+
+# Says where it is, then waits; leaves cleanly when it is told to, as a training does.
+STEADY = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+print("steps 10 to 50", flush=True)
+print("step 30/50  loss 1", flush=True)
+time.sleep(60)
+"""
+FAILING = "import time; time.sleep(1); print('bad'); raise SystemExit(3)"
+
+
+def python(source: str) -> list[str]:
+    return [sys.executable, "-c", source]
+
+
+def test_a_job_that_raises_ends_the_others(tmp_path):
+    trainings = Trainings({"a": 50, "b": 50, "c": 50}, dict.fromkeys("abc", 1.0))
+    after: list[str] = []
+
+    def steady() -> None:
+        trainings.train("a", python(STEADY), tmp_path / "a.log")
+        after.append("a")
+
+    jobs = [
+        steady,
+        lambda: trainings.train("b", python(FAILING), tmp_path / "b.log"),
+        lambda: trainings.train("c", python("print('c')"), tmp_path / "c.log"),
+    ]
+    with pytest.raises(TrainingFailed, match="'b' failed") as caught:
+        trainings.run(jobs, side_by_side=2)
+    assert caught.value.tail == "bad\n" and caught.value.log == tmp_path / "b.log"
+    assert (tmp_path / "a.log").read_text().endswith("saved\n"), "told to save and leave"
+    assert not after, "what comes after a training that was stopped is not done"
+    assert not (tmp_path / "c.log").exists() or not (tmp_path / "c.log").read_text()
+    with pytest.raises(Stopped):
+        trainings.train("d", python(""), tmp_path / "d.log")
+
+
+def test_sigterm_lets_the_trainings_save(tmp_path):
+    log, before = tmp_path / "log", signal.getsignal(signal.SIGTERM)
+    trainings = Trainings({"a": 50}, {"a": 1.0})
+
+    def end() -> None:
+        while not (log.exists() and "step 30" in log.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        trainings.run([lambda: trainings.train("a", python(STEADY), log)], 1)
+    assert log.read_text().endswith("saved\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_progress_is_of_all_together(tmp_path):
+    """a is at 30 of 10 … 50 at three times the cost of b, which is done, and of c, not begun:
+    60 + 20 of 120 + 20 + 40 are done after the first 80 s."""
+    lines: list[str] = []
+    costs = {"a": 3.0, "b": 1.0, "c": 1.0}
+    trainings = Trainings({"a": 50, "b": 20, "c": 40}, costs, say=lines.append, every=0.1)
+    trainings.first, trainings.at, trainings.ended = {"a": 10, "b": 0}, {"a": 30, "b": 20}, {"b"}
+    trainings.running["a"] = None
+    trainings.start = time.monotonic() - 80
+    line = trainings.progress()
+    assert line == "a 30/50  1 of 3 trainings ended  about 1.7 min of training left"  # 100 s
+    trainings = Trainings({"a": 50}, {"a": 1.0}, say=lines.append, every=0.1)
+    assert trainings.progress() == ""
+    ends = python("import time; print('steps 0 to 50\\nstep 25/50', flush=True); time.sleep(0.5)")
+    trainings.run([lambda: trainings.train("a", ends, tmp_path / "log")], 1)
+    assert any(line.startswith("a 25/50  0 of 1 trainings ended") for line in lines)
+
+
+def test_threads_are_those_asked_for(tmp_path):
+    trainings = Trainings({"a": 1}, {"a": 1.0}, threads=3)
+    source = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    trainings.train("a", python(source), tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "3\n"
+
+
+def test_the_module_says_how_it_is_used():
+    for given in ([], ["fit"]):
+        with pytest.raises(SystemExit, match=r"python -m lmc\.training \{bias,translator\}"):
+            training.main(given)
+
+
+def test_both_stages_can_be_started(tiny_prior_folder, world, tmp_path):
+    more = ("--trainer.max_steps=1", "--trainer.limit_val_batches=0")
+    data = f"{world}/shards"
+    training.main(["bias", *worlds.bias_args(tiny_prior_folder, data, tmp_path, *more)])
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["network"]["class"] == "Corrector"

@@ -1,0 +1,123 @@
+"""The LoRA that VSD trains: on real denoisers, and in a run that is stopped and gone on with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+import train_translator
+from lmc.losses import VSD, LossInputs
+from lmc.priors import DiffusersPrior
+
+import worlds
+
+FAMILIES = ["if", "sd15", "sdxl", "sd35", "dit"]
+
+
+def inputs(prior: DiffusersPrior, prompts: list[str], seed: int = 0) -> LossInputs:
+    generator = torch.Generator().manual_seed(seed)
+    side = prior.image_size // (4 if prior.latent else 1)
+    z, eps = torch.randn(2, 2, prior.channels, side, side, generator=generator)
+    null, target = prior.embed(["", ""]), prior.embed(prompts)
+    return LossInputs(z, torch.tensor([0.3, 0.7]), eps, null, target)
+
+
+def loaded(folder: Path, **options) -> DiffusersPrior:
+    prior = DiffusersPrior(str(folder), **options)
+    prior.to("cpu")
+    return prior
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lora_learns_and_the_prior_stays_as_it_was(family_folder, name):
+    """Untrained it changes nothing, trained it does; `predict` never sees it; no second copy."""
+    prior = loaded(family_folder(name))
+    x = inputs(prior, ["lion", "tabby"] if name == "dit" else ["a photo of a cat", "a dog"])
+    before = prior.predict(x.z, x.t, x.target)[0]
+    count = sum(p.numel() for p in prior._denoiser.parameters())
+    vsd = VSD(lora_lr=1e-2)
+    vsd.prepare(prior, "cpu")
+    added = sum(p.numel() for p in vsd.lora.values())
+    assert sum(p.numel() for p in prior._denoiser.parameters()) == count + added
+    assert {p.dtype for p in vsd.lora.values()} == {torch.float32}
+    trainable = {id(p) for p in prior._denoiser.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in vsd.lora.values()}
+    with torch.no_grad():
+        torch.testing.assert_close(prior.predict_lora(x.z, x.t, x.target)[0], before)
+
+    def error() -> float:
+        with torch.no_grad():
+            alpha_t, sigma_t = prior.schedule.coefficients(x.t)
+            z_t = alpha_t * x.z + sigma_t * x.eps
+            return (prior.predict_lora(z_t, x.t, x.target)[0] - x.eps).square().mean().item()
+
+    start = error()
+    for _ in range(10):
+        vsd.learn(prior, x)
+    assert error() < 0.999 * start
+    assert torch.equal(prior.predict(x.z, x.t, x.target)[0], before)
+
+
+def test_a_denoiser_without_attention_takes_no_lora(family_folder):
+    prior = loaded(family_folder("ddpm"))
+    prior._denoiser = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    with pytest.raises(ValueError, match="no LoRA fits the denoiser"):
+        VSD().prepare(prior, "cpu")
+
+
+def test_predict_lora_says_what_to_call_first(tiny_prior_folder):
+    prior = loaded(tiny_prior_folder)
+    x = inputs(prior, ["a cat", "a dog"])
+    with pytest.raises(RuntimeError, match="add_lora"):
+        prior.predict_lora(x.z, x.t, x.target)
+
+
+def test_a_second_lora_takes_the_place_of_the_first(tiny_prior_folder):
+    prior = loaded(tiny_prior_folder)
+    x = inputs(prior, ["a cat", "a dog"])
+    for rank in (4, 2):
+        vsd = VSD(lora_rank=rank, lora_lr=0.1)
+        vsd.prepare(prior, "cpu")
+        torch.testing.assert_close(
+            prior.predict_lora(x.z, x.t, x.target)[0], prior.predict(x.z, x.t, x.target)[0]
+        )
+        vsd.learn(prior, x)
+    assert {min(p.shape) for p in vsd.lora.values()} == {2}
+
+
+def test_a_run_with_vsd_goes_on_with_its_lora(tiny_prior_folder, tmp_path):
+    """Four steps at once and two times two end with the same weights, the LoRA's and Adam's too."""
+    data = worlds.write_world(tmp_path / "data")
+
+    def train(run: str, steps: int) -> dict:
+        args = worlds.translator_args(tiny_prior_folder, data, tmp_path / run, "VSD")
+        args += ["--model.loss.init_args.lora_lr=0.01", f"--trainer.max_steps={steps}"]
+        train_translator.main(args)
+        file = tmp_path / run / "checkpoints" / "last.ckpt"
+        return torch.load(file, weights_only=True)
+
+    straight = train("straight", 4)
+    half = train("halves", 2)
+    whole = train("halves", 4)
+    assert straight["loss"]["name"] == "vsd"
+    for name, weight in straight["loss"]["state"]["lora"].items():
+        assert torch.equal(weight, whole["loss"]["state"]["lora"][name])
+        assert "lora_B" not in name or not torch.equal(weight, half["loss"]["state"]["lora"][name])
+    for name, weight in straight["state_dict"].items():
+        assert torch.equal(weight, whole["state_dict"][name]), name
+    assert not any("lora" in name for name in straight["state_dict"])
+    with pytest.raises(ValueError, match="begun with the loss 'vsd'"):
+        train_translator.main(
+            [
+                *worlds.translator_args(tiny_prior_folder, data, tmp_path / "halves", "SDS"),
+                "--trainer.max_steps=6",
+            ]
+        )
