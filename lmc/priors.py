@@ -385,21 +385,20 @@ class DiffusersPrior:
             RuntimeError: `to` was not called.
             ValueError: the denoiser has no attention.
         """
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         denoiser = self._loaded(self._denoiser)
-        if "lora" in getattr(denoiser, "peft_config", {}):
-            denoiser.delete_adapters("lora")
-        names = ("to_q", "to_k", "to_v", "to_out.0")
+        names = ["to_q", "to_k", "to_v", "to_out.0"]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
         try:
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names))
-            denoiser.add_adapter(config, adapter_name="lora")
+            # Not diffusers' add_adapter, which not every denoiser has.
+            inject_adapter_in_model(config, denoiser, adapter_name="lora")
         except ValueError as error:
             raise ValueError(f"{self.pretrained}: no LoRA fits the denoiser: {error}") from error
         self._lora = {name: p for name, p in denoiser.named_parameters() if ".lora." in name}
         for weight in self._lora.values():
             weight.data = weight.data.float()  # whatever the denoiser's own dtype
-        self._switch_lora_off()
+        self._switch_lora(False)
         return self._lora
 
     def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
@@ -408,17 +407,21 @@ class DiffusersPrior:
         Raises:
             RuntimeError: `to` or `add_lora` was not called.
         """
-        denoiser = self._loaded(self._denoiser)
+        self._loaded(self._denoiser)
         if not self._lora:
             raise RuntimeError("call prior.add_lora(rank) before predict_lora")
-        denoiser.enable_adapters()
+        self._switch_lora(True)
         try:
             return self._predict(z_t, t, embedding)
         finally:
-            self._switch_lora_off()
+            self._switch_lora(False)
 
-    def _switch_lora_off(self) -> None:
-        self._loaded(self._denoiser).disable_adapters()
+    def _switch_lora(self, on: bool) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self._loaded(self._denoiser).modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(on)
         for weight in self._lora.values():
             weight.requires_grad_(True)  # which switching off has ended
 
