@@ -72,8 +72,8 @@ def run(folder: Path, args: list[str], **kwargs: Any) -> list[dict[str, Any]]:
     """Start, wait, and what each rank measured.
 
     Returns:
-        By rank: weights and gradients after each step, ema, metrics, and how many numbers DDP
-        broadcast and wrapped.
+        By rank: weights and gradients after each step, ema, metrics, the loss's own state, and how
+        many numbers DDP broadcast and wrapped.
     """
     processes = start(folder, args, **kwargs)
     assert finish(processes, folder) == [0] * len(processes)
@@ -141,6 +141,7 @@ def _work(
             "ema": cli.model.averaged.state_dict(),
             "gradients": gradients,
             "metrics": dict(cli.trainer.callback_metrics),
+            "loss": cli.model.loss.state_dict() if hasattr(cli.model, "loss") else None,
             "broadcast": broadcast,
             "wrapped": wrapped,
         },

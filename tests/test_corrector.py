@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from lmc.corrector import Corrector, corrector_loss, normalise
+from lmc.corrector import (
+    Corrector,
+    FilterCorrector,
+    IdentityCorrector,
+    corrector_loss,
+    estimate_filter,
+    load_corrector,
+    normalise,
+)
 from lmc.translator import Translator
-from lmc.triplets import sample_triplets
+from lmc.triplets import Triplets, draw_t_and_eps, sample_triplets
 
 from gaussian import GaussianPrior, power_spectrum
 
@@ -225,3 +233,120 @@ def test_training_finds_the_blur_of_the_gaussian_prior():
         # covers the pictures' varying deviation and the last steps' gradient noise.
         assert wanted.max() / wanted.min() > 1.4
         torch.testing.assert_close(found / found.mean(), torch.ones_like(found), rtol=0, atol=0.05)
+
+
+# ---------------------------------------------------------------------------------------------
+# The closed-form corrector
+
+
+def filtered(count: int, seed: int, size: int = 8, noise: float = 0.0) -> list[Triplets]:
+    """Triplets whose z_hat is z through a filter that depends on channel and bin of t alone.
+
+    Shifted by one pixel where t > 0.5: a filter with a phase.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        z = torch.randn(8, 2, size, size, generator=generator, dtype=torch.float64)
+        t = torch.rand(8, generator=generator, dtype=torch.float64)
+        late = (t > 0.5).view(-1, 1, 1, 1)
+        z_hat = torch.where(late, 0.25 * z.roll(1, 3), torch.tensor([[[[0.5]], [[0.75]]]]) * z)
+        z_hat = z_hat + noise * torch.randn(z.shape, generator=generator, dtype=torch.float64)
+        batches.append(Triplets(z, z_hat, t))
+    return batches
+
+
+def test_a_filter_that_there_is_is_found_and_applied_exactly():
+    corrector = estimate_filter(filtered(20, 0), {}, bins=2, time_range=(0, 1), statistics="none")
+    # At the bins' centres, 0.25 and 0.75, and beyond them: between, they are mixed.
+    z = filtered(1, 1)[0].z
+    for t in (0.05, 0.25):
+        found = corrector(z, torch.full((8,), t, dtype=torch.float64))
+        wanted = torch.tensor([[[[0.5]], [[0.75]]]]) * z
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    for t in (0.75, 0.97):
+        found = corrector(z, torch.full((8,), t, dtype=torch.float64))
+        torch.testing.assert_close(found, 0.25 * z.roll(1, 3), rtol=0, atol=1e-5)
+    between = corrector(z, torch.full((8,), 0.5, dtype=torch.float64))
+    halves = [corrector(z, torch.full((8,), t, dtype=torch.float64)) for t in (0.25, 0.75)]
+    torch.testing.assert_close(between, sum(halves) / 2, rtol=0, atol=1e-6)
+
+
+def test_the_filter_is_the_least_squares_one():
+    """Any other gain fits the triplets it was estimated from worse: the error's slope is 0."""
+    triplets = filtered(20, 0, noise=0.5)
+    corrector = estimate_filter(triplets, {}, bins=1, time_range=(0, 1), statistics="none").double()
+
+    def error() -> float:
+        with torch.no_grad():
+            losses = [
+                corrector_loss(corrector.correct(x.z, x.t, x.z_hat), x.z_hat) for x in triplets
+            ]
+        return torch.cat(losses).mean().item()
+
+    least = error()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        step = 0.05 * torch.randn(corrector.gain.shape, generator=generator, dtype=torch.float64)
+        rise = []
+        for sign in (1, -2):
+            corrector.gain += sign * step
+            rise.append(error() - least)
+        corrector.gain += step
+        assert min(rise) > 0 and max(rise) < 1.01 * min(rise)
+
+
+def test_on_gaussian_images_the_filter_is_the_known_one():
+    """E[z_hat | z] has the gain alpha_t² S / (alpha_t² S + sigma_t²), frequency by frequency."""
+    size = 8
+    prior = GaussianPrior({"": torch.zeros(3, size, size).double()}, power_spectrum(size))
+    generator = torch.Generator().manual_seed(0)
+    null, low, high = prior.embed([""]), 0.45, 0.55
+    triplets = []
+    for _ in range(20):
+        z = prior.sample(200, "", generator)
+        t, eps = draw_t_and_eps(z, generator, (low, high))
+        triplets.append(sample_triplets(prior, z, t, eps, null.expand(200)))
+    corrector = estimate_filter(triplets, {}, bins=1, time_range=(low, high))
+    alpha_t, sigma_t = prior.schedule.coefficients(torch.tensor([0.5], dtype=torch.float64))
+    signal = (alpha_t.square() * prior.spectrum)[0, 0, :, : size // 2 + 1]
+    wanted = signal / (signal + sigma_t.square()[0, 0])
+    # 4,000 images: a gain's error is about sigma_t gain / (alpha_t √(2 · 4000 S)), 0.02 at most.
+    assert (corrector.gain[0, ..., 0] - wanted).abs().max() < 0.08
+    assert corrector.gain[0, ..., 1].abs().max() < 0.08
+    assert wanted.max() - wanted.min() > 0.5
+
+
+def test_the_filter_says_what_it_lacks():
+    with pytest.raises(ValueError, match="no triplets"):
+        estimate_filter([], {})
+    with pytest.raises(ValueError, match=r"no triplet has t in \[0\.\d+, 0\.\d+\].*64 bins"):
+        estimate_filter(filtered(1, 0), {}, bins=64, time_range=(0, 1))
+    corrector = FilterCorrector(3, 8)
+    with pytest.raises(ValueError, match=r"z is \(3, 16, 16\).*estimated at \(3, 8, 8\)"):
+        corrector(torch.zeros(1, 3, 16, 16), torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="bins must be at least 1"):
+        FilterCorrector(3, 8, bins=0)
+
+
+def test_the_filter_is_released_and_loaded_as_the_network_is(tmp_path):
+    prior = {"digest": "0123", "prediction_type": "epsilon"}
+    corrector = estimate_filter(filtered(5, 0), prior, bins=2, time_range=(0, 1))
+    corrector.save_pretrained(tmp_path)
+    loaded = load_corrector(str(tmp_path))
+    assert isinstance(loaded, FilterCorrector)
+    x = filtered(1, 1)[0]
+    assert torch.equal(
+        loaded.correct(x.z, x.t, x.z_hat), normalise(corrector(x.z, x.t), x.z_hat, "image")
+    )
+    loaded.check_prior(prior)
+    with pytest.raises(ValueError, match="valid for the prior"):
+        loaded.check_prior({**prior, "digest": "4567"})
+
+
+def test_no_statistics_leave_the_output_and_others_can_be_asked_for():
+    corrector = IdentityCorrector()
+    z, z_hat, t = pictures(0), 0.3 * pictures(1), torch.full((4,), 0.5)
+    assert torch.equal(corrector.correct(z, t, z_hat, "none"), z)
+    assert torch.equal(corrector.correct(z, t, z_hat), normalise(z, z_hat, "image"))
+    assert torch.equal(corrector.correct(z, t, z_hat, "channel"), normalise(z, z_hat, "channel"))

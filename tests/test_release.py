@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_translator
-from lmc.corrector import Corrector, load_corrector
-from lmc.release import load_averaged, load_network, release
+from lmc.corrector import Corrector, FilterCorrector, load_corrector
+from lmc.release import load_averaged, load_network, release, write_release
 from lmc.translator import Translator
 
 import worlds
@@ -190,8 +190,12 @@ def test_a_corrector_keeps_its_prior(tmp_path):
     assert "`some/prior`" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_two_kinds_are_told_apart(tmp_path):
+def test_the_kinds_are_told_apart(tmp_path):
     release(corrector_run(tmp_path / "b"), tmp_path / "corrector")
+    write_release(FilterCorrector(3, 8, prior=PRIOR), tmp_path / "filter", "by hand")
+    assert isinstance(load_network(str(tmp_path / "filter")), FilterCorrector)
+    card = (tmp_path / "filter" / "README.md").read_text()
+    assert "closed-form corrector of one prior" in card and "by hand" in card
     release(translator_run(tmp_path / "t"), tmp_path / "translator")
     assert isinstance(load_network(str(tmp_path / "corrector")), Corrector)
     assert isinstance(load_network(str(tmp_path / "translator")), Translator)

@@ -191,6 +191,16 @@ def test_a_signal_to_one_rank_stops_both_and_both_go_on(
         assert_goes_on(tmp_path, args, stopped, two[1], count=2)
 
 
+def test_two_ranks_train_one_lora(tiny_prior_folder, data, tmp_path):
+    """Of VSD: begun alike, moved alike, by images and noise that are each rank's own."""
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path / "run", "VSD")
+    args += ["--model.loss.init_args.lora_lr=0.01"]
+    states = [rank["loss"]["lora"] for rank in ranks.run(tmp_path, args, script="train_translator")]
+    for name, weight in states[0].items():
+        assert torch.equal(weight, states[1][name]), name
+        assert "lora_B" not in name or weight.any(), "starts at 0"
+
+
 @pytest.fixture(scope="module")
 def one(tiny_prior_folder: Path, data: str, tmp_path_factory: pytest.TempPathFactory):
     """A whole run of one process with two loading processes, which accumulates two batches."""
@@ -507,7 +517,13 @@ def test_a_dry_runs_sizes_are_those_of_a_run(two, tiny_prior_folder, data, capsy
     assert "would go on" in said["run"]
 
 
-@pytest.mark.parametrize("loss", ["SDS", "Cond", "DDS", "LMC", "LMC fixed", "SDS at 1", "DDS at 1"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *("SDS", "Cond", "DDS", "LMC", "LMC fixed", "PDS", "MSSDS"),
+        *("SDS at 1", "DDS at 1", "PDS at 1", "MSSDS at 1"),
+    ],
+)
 @pytest.mark.parametrize("every_class", ["true", "false"])
 def test_a_dry_run_counts_the_evaluations(
     tiny_prior_folder, data, tmp_path, capsys, monkeypatch, loss, every_class

@@ -7,10 +7,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from lmc.schedule import (
+    FallingTime,
     FlowSchedule,
     PredictionType,
     Schedule,
+    UniformTime,
     add_noise,
+    ddim_step,
     from_eps_and_z_hat,
     guide,
     to_eps_and_z_hat,
@@ -190,3 +193,52 @@ def test_a_flow_schedules_time_is_its_sigma():
     back = to_eps_and_z_hat(velocity, z_t, alpha_t, sigma_t, "flow")
     torch.testing.assert_close(back, (eps, z), rtol=0, atol=1e-9)
     assert schedule.to("cpu") == schedule
+
+
+def draw(schedule, count: int = 4, progress: float = 0.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return schedule.draw(count, progress, generator, torch.float64)
+
+
+def test_uniform_times_fill_their_range_whatever_the_progress():
+    t = draw(UniformTime((0.2, 0.6)), 4000)
+    assert 0.2 <= t.min() < 0.201 and 0.599 < t.max() <= 0.6
+    # The deviation of the mean of 4000 is 0.4 / √(12 · 4000) = 0.0018.
+    assert t.mean().item() == pytest.approx(0.4, abs=5 * 0.0018)
+    assert torch.equal(t, draw(UniformTime((0.2, 0.6)), 4000, progress=0.9))
+    assert draw(UniformTime()).unique().numel() == 4
+
+
+def test_falling_time_is_one_for_all_and_falls_linearly_within_its_range():
+    for progress in (0.0, 0.25, 0.5, 0.995):
+        wanted = min(max(1 - progress, 0.02), 0.98)
+        assert draw(FallingTime(), progress=progress).tolist() == [wanted] * 4
+    raised = {draw(FallingTime(jitter=0.1), progress=0.5, seed=seed)[0].item() for seed in range(9)}
+    assert len(raised) == 9 and 0.5 <= min(raised) < max(raised) <= 0.6
+    assert draw(FallingTime(jitter=0.5), progress=0.1)[0].item() == 0.98
+
+
+@pytest.mark.parametrize("schedule", [UniformTime, FallingTime])
+@pytest.mark.parametrize("time_range", [(0.9, 0.1), (-0.1, 0.5), (0.5, 1.5)])
+def test_a_time_range_that_is_none_is_refused(schedule, time_range):
+    with pytest.raises(ValueError, match="time_range must be an interval"):
+        schedule(time_range)
+
+
+def test_a_negative_jitter_is_refused():
+    with pytest.raises(ValueError, match=r"jitter must not be negative, got -0\.1"):
+        FallingTime(jitter=-0.1)
+
+
+def test_a_ddim_step_is_diffusers_own():
+    """Down, on its grid and to the clean end; and back up, the inverse of the step down."""
+    scheduler = diffusers_scheduler(DDIMScheduler, "epsilon", set_alpha_to_one=True)
+    scheduler.set_timesteps(10)
+    z_t, eps = images(1, 0), images(1, 1)
+    bars = torch.cat([scheduler.alphas_cumprod, torch.ones(1, dtype=torch.float64)])
+    for here, there in ((900, 800), (100, 0), (0, -1)):
+        a, b = ((bars[i].sqrt().item(), (1 - bars[i]).sqrt().item()) for i in (here, there))
+        wanted = scheduler.step(eps, here, z_t).prev_sample
+        down = ddim_step(z_t, eps, a, b)
+        torch.testing.assert_close(down, wanted, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ddim_step(down, eps, b, a), z_t, rtol=0, atol=1e-10)

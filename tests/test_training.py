@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_bias
 import train_translator
 from lmc import losses
+from lmc.priors import DiffusersPrior
 from lmc.release import load_averaged, release
 from lmc.training.base import NonFiniteGradient, StepDecay
 from lmc.training.callbacks import AtomicCheckpointIO
@@ -92,10 +93,14 @@ def test_plugins_of_the_user_stay(tiny_prior_folder, data, tmp_path):
     assert type(trainer.strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
 
 
-@pytest.mark.parametrize("loss", ["SDS", "Cond", "DDS", "LMC"])
+@pytest.mark.parametrize(
+    "loss", ["SDS", "Cond", "DDS", "LMC", "LMC fixed", "NFSD", "MSSDS", "PDS", "VSD", "SDI"]
+)
 def test_every_loss_trains_a_translator(tiny_prior_folder, data, corrector, tmp_path, loss):
-    more = [f"--model.loss.init_args.corrector={corrector}"] if loss == "LMC" else []
-    args = worlds.translator_args(tiny_prior_folder, data, tmp_path, loss, *more)
+    name, _, fixed = loss.partition(" ")
+    more = [f"--model.loss.init_args.corrector={corrector}"] if name == "LMC" else []
+    more += ["--model.loss.init_args.fixed_noise=true"] if fixed else []
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path, name, *more)
     train_translator.main(args)
     state = last(tmp_path)
     assert state["global_step"] == 4
@@ -109,18 +114,65 @@ def test_every_loss_trains_a_translator(tiny_prior_folder, data, corrector, tmp_
     assert events.Tags()["images"]
 
 
-def test_every_class_gives_each_image_to_all_with_one_noise(
-    tiny_prior_folder, data, tmp_path, monkeypatch
-):
-    right, seen = losses.SDS.terms, []
+def seen_by(loss: type, args: list[str], monkeypatch) -> list[losses.LossInputs]:
+    """What a loss is given, step by step, while the translator trains with it."""
+    right, seen = loss.terms, []
 
     def terms(self, prior, x):
         seen.append(x)
         return right(self, prior, x)
 
-    monkeypatch.setattr(losses.SDS, "terms", terms)
+    monkeypatch.setattr(loss, "terms", terms)
+    train_translator.main(args)
+    return seen
+
+
+def test_the_fixed_noise_is_one_over_images_steps_and_the_fresh_one_is_not(
+    tiny_prior_folder, data, corrector, tmp_path, monkeypatch
+):
+    more = [f"--model.loss.init_args.corrector={corrector}"]
+    more += ["--model.loss.init_args.fixed_noise=true"]
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path, "LMC", *more)
+    seen = seen_by(losses.LMC, args, monkeypatch)
+    fixed = torch.cat([x.eps_fixed for x in seen])
+    fresh = torch.cat([x.eps for x in seen])
+    assert (fixed == fixed[:1]).all() and len(fixed) == 16
+    assert fixed.std().item() == pytest.approx(1, abs=0.1)
+    assert len(fresh.flatten(1).unique(dim=0)) == 16
+
+
+def test_the_negative_prompt_is_the_losss(tiny_prior_folder, data, tmp_path, monkeypatch):
+    more = ["--model.loss.init_args.negative_prompt=a dog"]
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path, "NFSD", *more)
+    (x, *_) = seen_by(losses.NFSD, args, monkeypatch)
+    wanted = DiffusersPrior(str(tiny_prior_folder)).embed(["a dog"])
+    for name, value in wanted.tensors.items():
+        torch.testing.assert_close(x.negative.tensors[name], value.expand(4, *value.shape[1:]))
+
+
+def test_t_falls_over_the_run_for_sdi_and_for_whom_the_config_says_so(
+    tiny_prior_folder, data, tmp_path, monkeypatch
+):
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path / "sdi", "SDI")
+    seen = seen_by(losses.SDI, args, monkeypatch)
+    for step, x in enumerate(seen):
+        assert x.t.unique().numel() == 1
+        low = min(1 - step / 4, 0.98)
+        assert low - 1e-6 <= x.t[0] <= min(low + 1 / 30, 0.98) + 1e-6
+    args = worlds.translator_args(tiny_prior_folder, data, tmp_path / "sds", "SDS")
+    args += ["--model.time=lmc.schedule.FallingTime", "--model.time.init_args.time_range=[0.3,0.6]"]
+    seen = seen_by(losses.SDS, args, monkeypatch)
+    torch.testing.assert_close(
+        torch.stack([x.t[0] for x in seen]), torch.tensor([0.6, 0.6, 0.5, 0.3])
+    )
+
+
+def test_every_class_gives_each_image_to_all_with_one_noise(
+    tiny_prior_folder, data, tmp_path, monkeypatch
+):
     args = worlds.translator_args(tiny_prior_folder, data, tmp_path, "SDS")
-    train_translator.main([*args, "--model.every_class=true", "--trainer.max_steps=1"])
+    args += ["--model.every_class=true", "--trainer.max_steps=1"]
+    seen = seen_by(losses.SDS, args, monkeypatch)
     x = seen[0]
     assert len(x.z) == 4 * 2  # a batch of four, two classes
     assert torch.equal(x.t[0::2], x.t[1::2]) and torch.equal(x.eps[0::2], x.eps[1::2])
