@@ -12,7 +12,10 @@ from test_evaluate import build_clip_folder
 from test_release import averaged, corrector_run, translator_run
 
 from lmc.cli import main
-from lmc.images import decode_image, resize, to_uint8
+from lmc.corrector import FilterCorrector, load_corrector
+from lmc.evaluate import evaluate_corrector
+from lmc.images import ImageStream, decode_image, resize, to_uint8
+from lmc.priors import DiffusersPrior
 from lmc.release import release
 from lmc.translator import Translator
 
@@ -23,6 +26,7 @@ OPTIONS = {
     "--device --out",
     "translate": "INPUT --translator --to --out --device",
     "release": "RUN --out --results --row --picture",
+    "closed-form": "--config --out --triplets --bins --batch-size --seed --statistics --device",
     "triplets": "--config --out --times-per-image --batch-size --device --rank --world-size",
     "compare": "--config --losses --seeds --out --clip --jobs --device --KEY=VALUE",
 }
@@ -219,3 +223,82 @@ def test_release_end_to_end(world, inputs, tmp_path, capsys):
         assert torch.equal(weights[name], value)
     assert "'dds'" in error(capsys, *args, "--row", "dds")
     assert "train first" in error(capsys, "release", tmp_path / "none", "--out", out)
+
+
+def stage_one_config(folder: Path, prior: Path, train: str, heldout: str) -> Path:
+    """A configuration of train_bias.py, as far as `lmc closed-form` reads it."""
+    config = {
+        "model": {
+            "prior": {
+                "class_path": "lmc.priors.DiffusersPrior",
+                "init_args": {"pretrained": str(prior)},
+            }
+        },
+        "data": {"train": train, "heldout": heldout, "image_size": 16},
+    }
+    file = folder / "bias.yaml"
+    file.write_text(json.dumps(config))
+    return file
+
+
+def closed_form(config: Path, out: Path, *more: str) -> None:
+    args = ["closed-form", f"--config={config}", f"--out={out}", "--batch-size=8", "--bins=2"]
+    main([*args, "--triplets=64", *more])
+
+
+def test_a_closed_form_corrector_is_one_command_away(world, tiny_prior_folder, tmp_path, capsys):
+    shards = f"{world}/shards"
+    config = stage_one_config(
+        tmp_path, tiny_prior_folder, f"{shards}/train-*.tar", f"{shards}/heldout-*.tar"
+    )
+    closed_form(config, tmp_path / "out")
+    said = own_output(capsys)
+    assert "estimated from 64 triplets" in said[0]
+    corrector = load_corrector(str(tmp_path / "out"))
+    assert isinstance(corrector, FilterCorrector) and corrector.gain.shape == (2, 3, 16, 9, 2)
+    prior = DiffusersPrior(str(tiny_prior_folder))
+    corrector.check_prior(prior.identity)
+    prior.to("cpu")
+    heldout = ImageStream(f"{shards}/heldout-*.tar", 16, 8, training=False)
+    errors = evaluate_corrector(corrector, prior, heldout)
+    for name, value in errors.items():
+        assert f"held-out {name}: {value:.4f}" in "\n".join(said)
+    assert errors["loss"] < errors["identity_loss"]
+
+
+def test_a_closed_form_corrector_from_stored_triplets(world, tiny_prior_folder, tmp_path):
+    """The prior's weights are not needed then; with the triplets' own prior only."""
+    shards = f"{world}/shards"
+    config = stage_one_config(
+        tmp_path, tiny_prior_folder, f"{shards}/train-*.tar", f"{shards}/heldout-*.tar"
+    )
+    main(["triplets", f"--config={config}", f"--out={tmp_path / 'triplets'}"])
+    stored = f"{tmp_path / 'triplets'}/train-*.tar"
+    config = stage_one_config(tmp_path, tiny_prior_folder, stored, stored)
+    closed_form(config, tmp_path / "out")
+    assert isinstance(load_corrector(str(tmp_path / "out")), FilterCorrector)
+
+
+def test_closed_form_says_what_is_wrong_first(
+    world, tiny_prior_folder, other_prior_folder, tmp_path, capsys
+):
+    shards = f"{world}/shards"
+    train, heldout = f"{shards}/train-*.tar", f"{shards}/heldout-*.tar"
+    config = stage_one_config(tmp_path, tiny_prior_folder, train, heldout)
+    given = ("closed-form", f"--config={config}", "--triplets=8", "--batch-size=8")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "is no release" in error(capsys, *given, f"--out={tmp_path / 'mine'}")
+    assert "no triplet has t in" in error(capsys, *given, f"--out={tmp_path / 'o'}", "--bins=16")
+    with pytest.raises(SystemExit):
+        main([*given, f"--out={tmp_path / 'o'}", "--bins=0"])
+    assert "--bins: invalid at_least_one value: '0'" in capsys.readouterr().err
+    config.write_text("model: {}")
+    assert "has no model.prior" in error(capsys, *given, f"--out={tmp_path / 'o'}")
+    config = stage_one_config(tmp_path, tiny_prior_folder, train, heldout)
+    main(["triplets", f"--config={config}", f"--out={tmp_path / 'triplets'}"])
+    capsys.readouterr()
+    stored = f"{tmp_path / 'triplets'}/train-*.tar"
+    stage_one_config(tmp_path, other_prior_folder, stored, stored)
+    with pytest.raises(SystemExit, match="sampled from another prior"):
+        main([*given, f"--out={tmp_path / 'o'}"])

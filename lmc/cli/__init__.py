@@ -237,6 +237,13 @@ def _translator(path: str) -> Any:
     return network.eval()
 
 
+def at_least_one(text: str) -> int:
+    """A number of something, from the command line."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = argparse.ArgumentParser(prog="lmc", description=__doc__)
@@ -332,8 +339,9 @@ def parser() -> argparse.ArgumentParser:
         ("--batch-size", 50, "images at a time"),
         ("--seed", 0, "of images, t and eps"),
     ):
+        kind = int if option == "--seed" else at_least_one
         five.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{about} (%(default)s)"
+            option, type=kind, default=default, metavar="N", help=f"{about} (%(default)s)"
         )
     five.add_argument(
         "--statistics",
