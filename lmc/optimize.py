@@ -252,7 +252,7 @@ def optimize(
         image = None if isinstance(renderer, Latents) else renderer()
         rows, windows = task.windows(step, generators)
         z, z_source = task.view(image, rows, windows)
-        drawn = [generators[row] for row in rows]
+        drawn = [generators[row] for row in rows.tolist()]
         inputs = LossInputs(
             z.detach(),
             _draw_t(time, drawn, step / settings.steps, z),
@@ -265,7 +265,7 @@ def optimize(
             eps_fixed=eps_fixed[rows] if eps_fixed is not None else None,
         )
         gradient = loss(prior, inputs).total
-        _check_finite(gradient, step, loss.name, inputs.t, [seeds[row] for row in rows])
+        _check_finite(gradient, step, loss.name, inputs.t, [seeds[i] for i in rows.tolist()])
         if loss.learns:
             t = _draw_t(time, drawn, step / settings.steps, z)
             loss.learn(prior, replace(inputs, t=t, eps=task.noise(drawn)))

@@ -1,6 +1,7 @@
 """lmc synthesize, edit and gradients as typed: what they write, and what they refuse."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lmc.cli import main
 from lmc.cli.specs import loss_classes, parse_losses
 from lmc.evaluate import Clip, clip_score, distances, rmse
 from lmc.images import decode_image, resize
+from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
 
 import worlds
@@ -133,6 +135,9 @@ def test_editing_begins_with_the_photo_in_its_own_shape(edit, world, tmp_path):
     source, result = read(world / "wide.png"), read(tmp_path / "out" / "seed-0.png")
     assert result.shape == source.shape == (3, 20, 28)
     assert 0 < (result - source).abs().max() < 0.03
+    # Two rows under a title; after 0, 3 and 4 steps.
+    sheet = Image.open(tmp_path / "out" / "progression.png")
+    assert sheet.size == (76 + 3 * 30, 18 + 2 * 22)
     sized = [*edit[:-1], f"--out={tmp_path}/sized", "--size=16", "--source_prompt=a cat"]
     main(sized)
     assert read(tmp_path / "sized" / "seed-0.png").shape == (3, 16, 22)
@@ -202,7 +207,8 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
             assert found["means"][label][scale]["distance"] == pytest.approx(mean)
     for figure in ("fig5.png", "fig6.png"):
         assert Image.open(out / figure).width > 300
-    assert "step 16/16" in capsys.readouterr().out.replace("32/32", "16/16")
+    # Four steps of two edits with two losses at two scales.
+    assert "step 32/32" in capsys.readouterr().out
 
 
 def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
@@ -254,6 +260,24 @@ def test_bad_input_of_a_list(edits, world, tmp_path):
     assert "batch_size" in error(*edits, "--batch_size=0")
     assert "patches of 21" in error(*edits, "--settings.patch_range=[16,21]")
     assert not (tmp_path / "out").exists()
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "image").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configs_open_with_a_command_that_takes_them(file):
+    """Their keys and types; and the paper's settings are the defaults, written out."""
+    header = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ")]
+    _, command, *args = shlex.split(header[1])
+    assert f"--config configs/image/{file.name}" in header[1]
+    args[args.index("--config") + 1] = str(file)
+    function, parser = lmc.cli.image.command_line(command, args)
+    given = parser.parse_args(args)
+    settings = {"synthesize": Synthesis, "edit": Editing, "edit_list": Comparison}
+    assert "Expected:" in "".join(header) or "not run" in "".join(header)
+    built = settings[function.__name__](**given.settings.as_dict())
+    assert (built == settings[function.__name__]()) == file.stem.startswith("paper")
 
 
 def test_losses_are_named_with_their_options():

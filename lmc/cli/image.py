@@ -739,6 +739,20 @@ def main(command: str, args: Sequence[str]) -> None:
     Raises:
         ValueError: an argument is missing, unknown or of a wrong type; or see the commands.
     """
+    function, parser = command_line(command, args)
+    try:
+        given = parser.parse_args(list(args))
+    except argparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    given.pop("config", None)
+    record = parser.dump(given, skip_none=False)
+    # Renamed in jsonargparse 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    function(record, **vars(instantiate(given)))
+
+
+def command_line(command: str, args: Sequence[str]) -> tuple[Callable[..., None], Any]:
+    """The function that `main` runs, and the parser of its options."""
     function = COMMANDS[command]
     if command == "edit" and any(arg == "--list" or arg.startswith("--list=") for arg in args):
         function = edit_list
@@ -750,12 +764,4 @@ def main(command: str, args: Sequence[str]) -> None:
     )
     parser.add_argument("--config", action="config", help="YAML with any of the options below")
     parser.add_function_arguments(function, skip={"record"})
-    try:
-        given = parser.parse_args(list(args))
-    except argparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    given.pop("config", None)
-    record = parser.dump(given, skip_none=False)
-    # Renamed in jsonargparse 4.49.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    function(record, **vars(instantiate(given)))
+    return function, parser
