@@ -232,6 +232,8 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
         main(args)
     assert runs == [("sds", 5, [8]), ("cond", 2, [7]), ("cond", 2, [8])]
     runs.clear()
+    main([*args, "--losses=sds"])  # what is done makes the figures, without the rest
+    assert not runs and (tmp_path / "out" / "fig5.png").exists()
     main([*args, "--batch_size=2"])
     assert runs == [("cond", 5, [7, 8])]
     runs.clear()

@@ -490,6 +490,7 @@ def _means(results: Mapping[str, Any]) -> dict[str, Any]:
                 for name in next(iter(rows.values()))
             }
             for scale, rows in scales.items()
+            if rows  # none yet, where a run was stopped before them
         }
         for label, scales in results.items()
     }
