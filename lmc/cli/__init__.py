@@ -11,6 +11,12 @@ from typing import Any
 from lmc.cli import compare
 
 PROMPT = "a photo of a {}"
+# Commands with typed options and a configuration file, handed on before argparse reads them.
+IMAGE_COMMANDS = {
+    "synthesize": "optimise an image from grey towards a prompt",
+    "edit": "optimise a photo towards a prompt, or a list of them under many losses (--list)",
+    "gradients": "picture the gradients of one image at some t",
+}
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -361,13 +367,21 @@ def parser() -> argparse.ArgumentParser:
         )
 
     compare.add_parser(commands)
+    for name, about in IMAGE_COMMANDS.items():
+        commands.add_parser(name, help=about)  # for --help alone
     return main
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; bad input ends it with one line that says what is wrong."""
-    given = parser().parse_args(args)
+    args = sys.argv[1:] if args is None else list(args)
     try:
+        if args and args[0] in IMAGE_COMMANDS:
+            from lmc.cli.image import main as image
+
+            image(args[0], args[1:])
+            return
+        given = parser().parse_args(args)
         given.run_command(given)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"lmc: {error}")

@@ -1,0 +1,442 @@
+"""One image as the parameters: score distillation moves it straight [LMC, Sec. 5.1].
+
+Synthesis starts from grey, editing from a photo; first the whole image at the prior's size, then
+random patches of any size. What is moved is anything that renders images (`Renderer`).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lmc.images import resize
+from lmc.losses import LossInputs, ScoreDistillation, surrogate
+from lmc.priors import Prior
+from lmc.schedule import FallingTime, TimeSchedule
+
+Window = tuple[int, int, int]  # top, left and side in pixels of a square part of an image
+
+
+class Renderer(Protocol):
+    """What is optimised: a torch module that renders images from its parameters."""
+
+    def __call__(self) -> Tensor:
+        """(B, 3, H, W) float32 or float64, about [-1, 1]; the same B, H and W every time."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What Adam moves."""
+        ...
+
+    def to(self, device: torch.device | str) -> nn.Module:
+        """Move to `device`."""
+        ...
+
+
+class Pixels(nn.Module):
+    """The pixels themselves, put back into [-1, 1] after every step.
+
+    The paper says nothing of bounds. Without one a corrector, which has seen pictures only, can be
+    led ever further away from them.
+
+    Args:
+        image: what to begin with, (B, 3, H, W) in [-1, 1]; see also `grey`.
+    """
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()
+        self.image = nn.Parameter(image.detach().clone())
+
+    def forward(self) -> Tensor:
+        """The pixels, (B, 3, H, W) in [-1, 1]."""
+        with torch.no_grad():
+            self.image.clamp_(-1, 1)
+        return self.image
+
+
+class Latents(nn.Module):
+    """z of a latent prior; the loss sees z itself, and the VAE decodes the result alone.
+
+    Valid for whole images only: `Synthesis.whole_steps` must be all steps.
+
+    Args:
+        prior: whose z it is.
+        image: what to begin with, (B, 3, S, S) in [-1, 1], S the prior's image_size; encoded when
+            the prior is loaded.
+
+    Raises:
+        ValueError: an image of another size.
+    """
+
+    def __init__(self, prior: Prior, image: Tensor) -> None:
+        super().__init__()
+        if image.shape[-2:] != (prior.image_size, prior.image_size):
+            raise ValueError(
+                f"latents are of the prior's images of {prior.image_size} x {prior.image_size} "
+                f"pixels, not of {image.shape[-1]} x {image.shape[-2]}"
+            )
+        self.prior = prior
+        self.register_buffer("image", image)
+        self.image: Tensor
+        self.z = nn.Parameter(torch.empty(0))
+
+    @torch.no_grad()
+    def encode(self) -> None:
+        """Begin: z of the image. `optimize` calls it once the prior is loaded."""
+        self.z.data = self.prior.encode(self.image)
+
+    def forward(self) -> Tensor:
+        """The decoded image (B, 3, S, S), about [-1, 1]."""
+        return self.prior.decode(self.z)
+
+
+def grey(count: int, size: int) -> Tensor:
+    """50 % grey, float32 (count, 3, size, size): what synthesis begins with."""
+    return torch.zeros(count, 3, size, size)
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """How an image is optimised; the defaults are the paper's for synthesis [LMC, App. A].
+
+    Attributes:
+        steps: of Adam.
+        whole_steps: the first of them, in which the loss sees the whole image, resized to the
+            prior's size; of an image that is not square, its centred square.
+        patches: random patches a step after that.
+        patch_range: smallest and largest side of a patch, which is resized to the prior's size;
+            None: from the prior's image_size, or the image's shorter side if that is less, to the
+            image's shorter side.
+        lr: Adam's learning rate.
+        lr_end: the share of it that is left at the end.
+        decay_steps: the last steps, over which the rate falls, along half a cosine.
+        l2_weight: of ‖image − source‖².
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    steps: int = 500
+    whole_steps: int = 150
+    patches: int = 2
+    patch_range: tuple[int, int] | None = None
+    lr: float = 0.1
+    lr_end: float = 0.03
+    decay_steps: int = 300
+    l2_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("whole_steps", 0), ("decay_steps", 0), ("patches", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("whole_steps", "decay_steps"):
+            if getattr(self, name) > self.steps:
+                raise ValueError(f"{name} {getattr(self, name)} are more than steps {self.steps}")
+        if self.lr <= 0 or self.lr_end < 0 or self.l2_weight < 0:
+            raise ValueError(
+                f"lr must be above 0, lr_end and l2_weight not negative, got {self.lr}, "
+                f"{self.lr_end}, {self.l2_weight}"
+            )
+        if self.patch_range is not None and not 1 <= self.patch_range[0] <= self.patch_range[1]:
+            raise ValueError(f"patch_range must be [least, most], got {list(self.patch_range)}")
+
+    def learning_rate(self, step: int) -> float:
+        """Adam's at `step`, counted from 0."""
+        if not self.decay_steps:
+            return self.lr
+        done = max(0.0, (step - (self.steps - self.decay_steps)) / self.decay_steps)
+        return self.lr * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * done)) / 2)
+
+    def sides(self, height: int, width: int, image_size: int) -> tuple[int, int]:
+        """Smallest and largest side of a patch of a height x width image.
+
+        Args:
+            image_size: the prior's.
+
+        Raises:
+            ValueError: patch_range asks for patches larger than the image.
+        """
+        short = min(height, width)
+        low, high = self.patch_range or (min(image_size, short), short)
+        if high > short:
+            raise ValueError(
+                f"patch_range [{low}, {high}]: patches of {high} pixels are larger than the image "
+                f"of {width} x {height}"
+            )
+        return low, high
+
+
+@dataclass(frozen=True)
+class Editing(Synthesis):
+    """The paper's settings for editing a photo; the attributes are those of `Synthesis`."""
+
+    whole_steps: int = 200
+    lr: float = 0.02
+    lr_end: float = 0.8
+    decay_steps: int = 500
+    l2_weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class Comparison(Editing):
+    """Of editing, in the paper's numerical comparison; the attributes are those of `Synthesis`.
+
+    The guidance is not rescaled by 1/ω there (`ScoreDistillation.rescale`).
+    """
+
+    lr: float = 5e-3
+    l2_weight: float = 0.0
+
+
+def optimize(
+    renderer: Renderer,
+    prior: Prior,
+    loss: ScoreDistillation,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Synthesis = Synthesis(),
+    source: Tensor | None = None,
+    source_prompts: Sequence[str] | None = None,
+    time: TimeSchedule | None = None,
+    device: torch.device | str = "cpu",
+    watch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Optimise B images at once, each towards its prompt with the randomness of its seed.
+
+    A step minimises, summed over images and times the values of one image (so that the size of an
+    image's gradient depends on no size or count),
+
+        mean over z of the surrogate of `loss`'s gradient, over the patches too
+        + l2_weight · mean over pixels of (image − source)²
+
+    An image's patches, t and eps follow from its seed alone: it comes out as it would by itself, up
+    to rounding. Not so where images share something: `FallingTime` has one t for all, drawn by the
+    first seed, and a loss that `learns` learns from all. All is drawn on the CPU, so that a seed
+    means the same on every device.
+
+    Args:
+        renderer: renders B images. It is moved to `device`, and its parameters are optimised.
+        prior: is loaded here.
+        loss: any; is prepared here.
+        prompts: B targets.
+        seeds: B numbers.
+        settings: how long, how fast, how large.
+        source: images to compare with, float (B, 3, H, W) in [-1, 1], for the L2 term and losses
+            with `needs_source`, which get the same part of it.
+        source_prompts: B, for losses with `needs_source`.
+        time: how t is drawn; None is the loss's own way.
+        device: where to compute.
+        watch: called after every step with the number of steps done.
+
+    Returns:
+        The images, (B, 3, H, W), about [-1, 1].
+
+    Raises:
+        ValueError: the numbers of prompts, seeds and images differ; a source is missing or of
+            another size; patches larger than the image; latents and patches; an unknown prompt of a
+            class-conditional prior: all before any weights are loaded. Or see `loss.prepare`.
+        FloatingPointError: a gradient is not finite; names the step, the loss, t and the seed.
+    """
+    task = _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
+    task.load(device)
+    time = time or loss.time
+    adam = torch.optim.Adam(renderer.parameters(), lr=settings.lr)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    eps_fixed = task.noise(generators) if loss.fixed_noise else None
+    for step in range(settings.steps):
+        for group in adam.param_groups:
+            group["lr"] = settings.learning_rate(step)
+        image = None if isinstance(renderer, Latents) else renderer()
+        rows, windows = task.windows(step, generators)
+        z, z_source = task.view(image, rows, windows)
+        drawn = [generators[row] for row in rows.tolist()]
+        inputs = LossInputs(
+            z.detach(),
+            _draw_t(time, drawn, step / settings.steps, z),
+            task.noise(drawn),
+            null=task.embedding[torch.zeros_like(rows)],
+            target=task.embedding[1 + rows],
+            z_source=z_source,
+            source=task.embedding[1 + len(seeds) + rows] if loss.needs_source else None,
+            negative=task.embedding[torch.full_like(rows, -1)],  # only some losses have one
+            eps_fixed=eps_fixed[rows] if eps_fixed is not None else None,
+        )
+        gradient = loss(prior, inputs).total
+        _check_finite(gradient, step, loss.name, inputs.t, [seeds[i] for i in rows.tolist()])
+        if loss.learns:
+            t = _draw_t(time, drawn, step / settings.steps, z)
+            loss.learn(prior, replace(inputs, t=t, eps=task.noise(drawn)))
+        whole = z if image is None else image
+        score = surrogate(z, gradient).sum() / (len(rows) / len(seeds)) / z[0].numel()
+        objective = whole[0].numel() * score
+        if settings.l2_weight:
+            objective = objective + settings.l2_weight * task.l2(whole)
+        adam.zero_grad()
+        objective.backward()
+        adam.step()
+        if watch is not None:
+            watch(step + 1)
+    with torch.no_grad():
+        return renderer().detach().clone()
+
+
+def check_task(
+    renderer: Renderer,
+    prior: Prior,
+    loss: ScoreDistillation,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Synthesis,
+    source: Tensor | None = None,
+    source_prompts: Sequence[str] | None = None,
+) -> None:
+    """Raise what `optimize` would before it loads anything; the arguments are its."""
+    _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
+
+
+class _Task:
+    """What `optimize` is given, checked, and what follows from it."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        prior: Prior,
+        loss: ScoreDistillation,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Synthesis,
+        source: Tensor | None,
+        source_prompts: Sequence[str] | None,
+    ) -> None:
+        self.renderer, self.prior, self.loss, self.settings = renderer, prior, loss, settings
+        self.prompts, self.source = ["", *prompts], source
+        self.z_source: Tensor | None = None  # for latents
+        if isinstance(renderer, Latents):
+            shape: Sequence[int] = renderer.image.shape
+            if settings.whole_steps < settings.steps:
+                raise ValueError(
+                    f"latents have no patches: set whole_steps to steps, {settings.steps}"
+                )
+        else:
+            with torch.no_grad():
+                shape = renderer().shape
+        self.count, _, self.height, self.width = shape
+        if not len(prompts) == len(seeds) == self.count:
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds for {self.count} images"
+            )
+        if (loss.needs_source or settings.l2_weight) and source is None:
+            what = f"the loss {loss.name!r}" if loss.needs_source else "l2_weight"
+            raise ValueError(f"{what} needs a source image")
+        if source is not None and source.shape != torch.Size(shape):
+            raise ValueError(
+                f"source is {tuple(source.shape)}, the rendered images are {tuple(shape)}"
+            )
+        if loss.needs_source:
+            if source_prompts is None or len(source_prompts) != self.count:
+                raise ValueError(f"the loss {loss.name!r} needs a source prompt for each image")
+            self.prompts += source_prompts
+        if loss.negative_prompt is not None:
+            self.prompts.append(loss.negative_prompt)
+        if settings.whole_steps < settings.steps:
+            self.sides = settings.sides(self.height, self.width, prior.image_size)
+
+    def load(self, device: torch.device | str) -> None:
+        """Load the prior and the loss; everything to `device`."""
+        self.device = device
+        self.embedding = self.prior.embed(self.prompts).to(device)
+        self.loss.prepare(self.prior, device)
+        self.prior.to(device)
+        self.renderer.to(device)
+        if isinstance(self.renderer, Latents):
+            self.renderer.encode()
+        if self.source is not None:
+            self.source = self.source.to(device)
+        rows, windows = self.windows(0, [])
+        with torch.no_grad():
+            image = None if isinstance(self.renderer, Latents) else self.renderer()
+            self.like = self.view(image, rows[:1], windows[:1])[0]
+            if image is None and self.source is not None:
+                self.z_source = self.prior.encode(self.source)
+
+    def windows(
+        self, step: int, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[Window]]:
+        """What the loss sees at `step`: images by number, int64 (N,), and the part of each."""
+        if step < self.settings.whole_steps or not generators:
+            side = min(self.height, self.width)
+            centre = ((self.height - side) // 2, (self.width - side) // 2, side)
+            return torch.arange(self.count, device=self.device), [centre] * self.count
+        patches = self.settings.patches
+        rows = torch.arange(self.count, device=self.device).repeat_interleave(patches)
+        return rows, [
+            draw_window(generator, self.height, self.width, *self.sides)
+            for generator in generators
+            for _ in range(patches)
+        ]
+
+    def view(
+        self, image: Tensor | None, rows: Tensor, windows: Sequence[Window]
+    ) -> tuple[Tensor, Tensor | None]:
+        """z of parts of the images, and of the same parts of the sources, if there are any."""
+        if image is None:
+            assert isinstance(self.renderer, Latents)
+            return self.renderer.z, self.z_source
+        z = self._encode(image, rows, windows)
+        if not self.loss.needs_source:
+            return z, None
+        assert self.source is not None
+        with torch.no_grad():
+            return z, self._encode(self.source, rows, windows)
+
+    def _encode(self, image: Tensor, rows: Tensor, windows: Sequence[Window]) -> Tensor:
+        parts = [
+            resize(image[row : row + 1, :, y : y + side, x : x + side], self.prior.image_size)
+            for row, (y, x, side) in zip(rows.tolist(), windows, strict=True)
+        ]
+        return self.prior.encode(torch.cat(parts))
+
+    def l2(self, whole: Tensor) -> Tensor:
+        """‖image − source‖² of whole images, or of their z where those are optimised."""
+        there = self.z_source if isinstance(self.renderer, Latents) else self.source
+        assert there is not None
+        return (whole - there).square().sum()
+
+    def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """A z of noise from each generator."""
+        shape, dtype = self.like.shape[1:], self.like.dtype
+        drawn = [torch.randn(shape, generator=each, dtype=dtype) for each in generators]
+        return torch.stack(drawn).to(self.device)
+
+
+def draw_window(generator: torch.Generator, height: int, width: int, low: int, high: int) -> Window:
+    """A random square inside a height x width image, its side uniform in low … high."""
+
+    def below(end: int) -> int:
+        return int(torch.randint(end, (), generator=generator))
+
+    side = low + below(high - low + 1)
+    return below(height - side + 1), below(width - side + 1), side
+
+
+def _draw_t(
+    time: TimeSchedule, generators: Sequence[torch.Generator], progress: float, z: Tensor
+) -> Tensor:
+    """A time for each generator, from it; one for all where the schedule says so."""
+    if isinstance(time, FallingTime):
+        return time.draw(len(generators), progress, generators[0], z.dtype).to(z.device)
+    drawn = [time.draw(1, progress, generator, z.dtype) for generator in generators]
+    return torch.cat(drawn).to(z.device)
+
+
+def _check_finite(gradient: Tensor, step: int, loss: str, t: Tensor, seeds: Sequence[int]) -> None:
+    finite = torch.isfinite(gradient).flatten(1).all(1)
+    if not finite.all():
+        i = int((~finite).nonzero()[0])
+        raise FloatingPointError(
+            f"step {step}: the gradient of the loss {loss!r} is not finite "
+            f"(t = {t[i].item():.4f}, seed {seeds[i]})"
+        )

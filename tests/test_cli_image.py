@@ -1,0 +1,333 @@
+"""lmc synthesize, edit and gradients as typed: what they write, and what they refuse."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_evaluate import build_clip_folder
+
+import lmc.cli.image
+from lmc.cli import main
+from lmc.cli.specs import loss_classes, parse_losses
+from lmc.evaluate import Clip, clip_score, distances, rmse
+from lmc.images import decode_image, resize
+from lmc.optimize import Comparison, Editing, Synthesis
+from lmc.priors import DiffusersPrior
+
+import worlds
+
+BRIEF = ("--settings.steps=4", "--settings.whole_steps=2", "--settings.decay_steps=2")
+EDITS = [("wide.png", "a cat", "a dog"), ("tall.jpg", "a cat", "a photo")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP, two pictures and a list of edits of them."""
+    folder = tmp_path_factory.mktemp("image")
+    build_clip_folder(folder / "clip")
+    noise = torch.rand(3, 20, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (folder / "wide.png").write_bytes(worlds.png(noise))
+    (folder / "tall.jpg").write_bytes(worlds.png(noise.mT, suffix="jpg"))
+    lines = [
+        json.dumps({"image": image, "source_prompt": source, "prompt": prompt})
+        for image, source, prompt in EDITS
+    ]
+    (folder / "edits.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder
+
+
+@pytest.fixture
+def prior(tiny_prior_folder) -> list[str]:
+    return ["--prior=lmc.priors.DiffusersPrior", f"--prior.pretrained={tiny_prior_folder}"]
+
+
+@pytest.fixture
+def synthesize(prior, tmp_path) -> list[str]:
+    args = ["synthesize", *prior, "--loss=SDS", "--prompt=a cat", "--size=24", *BRIEF]
+    return [*args, "--snapshot_every=2", f"--out={tmp_path}/out"]
+
+
+@pytest.fixture
+def edit(prior, world, tmp_path) -> list[str]:
+    args = ["edit", *prior, "--loss=DDS", "--prompt=a dog", f"--image={world}/wide.png", *BRIEF]
+    return [*args, "--snapshot_every=3", f"--out={tmp_path}/out"]
+
+
+@pytest.fixture
+def edits(prior, world, tmp_path) -> list[str]:
+    args = ["edit", f"--list={world}/edits.jsonl", *prior, f"--clip={world}/clip", *BRIEF]
+    args += ["--losses=sds,lmc:corrector=identity", "--guidance_scales=2,5", "--size=20"]
+    return [*args, f"--out={tmp_path}/out"]
+
+
+def error(*args: object) -> str:
+    """The one line that a command ends with, before any weights are loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusersPrior, "_load", lambda *_: pytest.fail("the prior is loaded"))
+        with pytest.raises(SystemExit) as caught:
+            main([str(arg) for arg in args])
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("lmc: ") and "\n" not in message
+    return message
+
+
+def read(file: Path) -> torch.Tensor:
+    return decode_image(file.read_bytes())
+
+
+def test_help_has_the_commands_and_their_options(capsys):
+    for args, words in (
+        (["--help"], ["synthesize", "edit", "gradients"]),
+        (["synthesize", "--help"], ["--seeds", "--settings.patch_range", "--loss", "--time"]),
+        (["edit", "--help"], ["--image", "--source_prompt", "--list FILE"]),
+        (["edit", "--list", "x", "--help"], ["--guidance_scales", "--statistics_scale"]),
+        (["gradients", "--help"], ["--corrector", "--guidance_scale"]),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(args)
+        assert caught.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in words)
+
+
+def test_synthesis_writes_pictures_their_progression_and_its_settings(synthesize, tmp_path, capsys):
+    main([*synthesize, "--seeds=3,5,8"])
+    out = tmp_path / "out"
+    images = torch.stack([read(out / f"seed-{seed}.png") for seed in (3, 5, 8)])
+    assert images.shape == (3, 3, 24, 24) and images.std((1, 2, 3)).min() > 0.01
+    with Image.open(out / "progression.gif") as gif:
+        assert gif.n_frames == 3  # after 0, 2 and 4 steps
+        assert gif.size == (3 * 26 + 2, 28)
+    assert Image.open(out / "progression.png").width == 76 + 3 * 26
+    found = json.loads((out / "results.json").read_text())["diversity"]
+    expected = rmse(images[1:], images[:1])
+    assert found["runs"] == 2 and found["name"] == next(iter(distances()))
+    if found["name"] == "rmse":  # the pictures are rounded to bytes
+        assert found["mean"] == pytest.approx(expected.mean().item(), abs=5e-3)
+        assert found["deviation"] == pytest.approx(expected.std(correction=0).item(), abs=5e-3)
+    printed = capsys.readouterr().out
+    assert f"of 2 runs to the first: {found['mean']:.3f} ± {found['deviation']:.3f}" in printed
+    assert "step 4/4" in printed and "left" in printed
+    # The settings alone make the same image, also of one seed; elsewhere.
+    again = tmp_path / "again"
+    main(["synthesize", f"--config={out}/settings.yaml", f"--out={again}", "--seeds=5"])
+    difference = read(again / "seed-5.png") - images[1]
+    assert difference.abs().max() <= 2 / 255 + 1e-6
+    assert "diversity" not in json.loads((again / "results.json").read_text())
+
+
+def test_a_folder_keeps_its_result(synthesize, tmp_path):
+    main(synthesize)
+    before = (tmp_path / "out" / "seed-0.png").read_bytes()
+    assert "holds another result" in error(*synthesize, "--prompt=a dog")
+    main(synthesize)
+    assert (tmp_path / "out" / "seed-0.png").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    assert "something else" in error(*synthesize, f"--out={tmp_path}/other")
+
+
+def test_editing_begins_with_the_photo_in_its_own_shape(edit, world, tmp_path):
+    main([*edit, "--source_prompt=a cat", "--settings.lr=5e-3", "--seeds=0,1"])
+    source, result = read(world / "wide.png"), read(tmp_path / "out" / "seed-0.png")
+    assert result.shape == source.shape == (3, 20, 28)
+    assert 0 < (result - source).abs().max() < 0.03
+    # Two rows under a title; after 0, 3 and 4 steps.
+    sheet = Image.open(tmp_path / "out" / "progression.png")
+    assert sheet.size == (76 + 3 * 30, 18 + 2 * 22)
+    sized = [*edit[:-1], f"--out={tmp_path}/sized", "--size=16", "--source_prompt=a cat"]
+    main(sized)
+    assert read(tmp_path / "sized" / "seed-0.png").shape == (3, 16, 22)
+
+
+def test_latents_are_a_parametrisation(family_folder, synthesize, tmp_path):
+    folder = family_folder("sd15")
+    size = DiffusersPrior(str(folder)).image_size
+    args = [*synthesize, f"--prior.pretrained={folder}", "--parametrisation=latents"]
+    assert "set whole_steps to steps" in error(*args, f"--size={size}")
+    args += ["--settings.whole_steps=4"]
+    assert f"{size} x {size} pixels" in error(*args)
+    main([*args, f"--size={size}"])
+    assert read(tmp_path / "out" / "seed-0.png").shape == (3, size, size)
+
+
+def test_fixed_noise_is_an_option_of_the_loss(synthesize, tmp_path):
+    lmc = [*synthesize, "--loss=LMC", "--loss.corrector=identity", "--seeds=0,1"]
+    main([*lmc, "--loss.fixed_noise=true"])
+    text = (tmp_path / "out" / "settings.yaml").read_text()
+    assert "fixed_noise: true" in text
+
+
+def test_bad_input_of_synthesis_and_editing(synthesize, edit, world, tmp_path, family_folder):
+    assert "must not be negative" in error(*synthesize, "--loss.guidance_scale=-1")
+    assert "patches of 25 pixels are larger" in error(*synthesize, "--settings.patch_range=[16,25]")
+    assert "snapshot_every must be at least 1" in error(*synthesize, "--snapshot_every=0")
+    assert "seeds: 1 comes twice" in error(*synthesize, "--seeds=1,2,1")
+    assert "seeds must be numbers" in error(*synthesize, "--seeds=one")
+    assert "size must be at least 8" in error(*synthesize, "--size=4")
+    assert "has none" in error(*synthesize, "--parametrisation=latents")
+    assert "--sede" in error(*synthesize, "--sede=1")
+    assert "more than steps 3" in error(
+        *synthesize, "--settings.whole_steps=9", "--settings.steps=3"
+    )
+    assert "source prompt" in error(*edit)
+    assert "no such image" in error(*edit, "--image=none.png")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((world / "wide.png").read_bytes()[:200])
+    assert str(broken) in error(*edit, f"--image={broken}")
+    assert not (tmp_path / "out").exists()
+    pixels = family_folder("ddpm")
+    args = [*synthesize, f"--prior.pretrained={pixels}", "--prompt=unicorn"]
+    assert "no class 'unicorn'" in error(*args)
+
+
+def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
+    main(edits)
+    out = tmp_path / "out"
+    found = json.loads((out / "results.json").read_text())
+    assert found["results"].keys() == {"sds", "lmc:corrector=identity"}
+    clip, name = Clip(str(world / "clip")), found["distance_name"]
+    measure = distances()[name]
+    for label, folder in (("sds", "sds"), ("lmc:corrector=identity", "lmc_corrector=identity")):
+        for scale in ("2", "5"):
+            rows = found["results"][label][scale]
+            for i, (file, _, prompt) in enumerate(EDITS):
+                image = read(out / "images" / folder / scale / f"{i:04d}.png")[None]
+                source = read(world / file)[:, :, 4:24] if i == 0 else read(world / file)[:, 4:24]
+                # The PNGs are rounded to bytes.
+                assert rows[str(i)]["distance"] == pytest.approx(
+                    measure(image, source[None]).item(), abs=6e-3
+                )
+                score = clip_score(clip.images(image), clip.texts([prompt])).item()
+                assert rows[str(i)]["clip_score"] == pytest.approx(score, abs=6e-3)
+            mean = sum(rows[str(i)]["distance"] for i in range(2)) / 2
+            assert found["means"][label][scale]["distance"] == pytest.approx(mean)
+    for figure in ("fig5.png", "fig6.png"):
+        assert Image.open(out / figure).width > 300
+    # Four steps of two edits with two losses at two scales.
+    assert "step 32/32" in capsys.readouterr().out
+
+
+def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
+    runs: list[tuple[str, float, list[int]]] = []
+    optimize = lmc.cli.image.optimize
+
+    def counted(renderer, **options):
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        loss = options["loss"]
+        runs.append((loss.name, loss.guidance_scale, options["seeds"]))
+        return optimize(renderer, **options)
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", counted)
+    args = [*edits, "--batch_size=1", "--seed=7", "--losses=sds,cond"]
+    with pytest.raises(KeyboardInterrupt):
+        main(args)
+    first, runs[:] = runs[:], []
+    assert first == [("sds", 2, [7]), ("sds", 2, [8]), ("sds", 5, [7])]
+    with pytest.raises(KeyboardInterrupt):
+        main(args)
+    assert runs == [("sds", 5, [8]), ("cond", 2, [7]), ("cond", 2, [8])]
+    runs.clear()
+    main([*args, "--losses=sds"])  # what is done makes the figures, without the rest
+    assert not runs and (tmp_path / "out" / "fig5.png").exists()
+    main([*args, "--batch_size=2"])
+    assert runs == [("cond", 5, [7, 8])]
+    runs.clear()
+    main(args)
+    assert not runs
+    assert "made with something else (seed)" in error(*args, "--seed=8")
+
+
+def test_bad_input_of_a_list(edits, world, tmp_path):
+    assert "no such file" in error(*edits, "--list=none.jsonl")
+    line = {"image": "gone.png", "source_prompt": "a cat", "prompt": "a dog"}
+    file = tmp_path / "list.jsonl"
+    for text, expected in (
+        (json.dumps(line), "line 1: no such image"),
+        ("{", "line 1 is no JSON"),
+        (json.dumps({**line, "mask": "x"}), "line 1: an edit has"),
+        ("", "no edits"),
+    ):
+        file.write_text(text)
+        assert expected in error(*edits, f"--list={file}")
+    assert "unknown loss 'sd'" in error(*edits, "--losses=sd")
+    assert "needs a corrector" in error(*edits, "--losses=lmc")
+    assert "guidance_scale is not" in error(*edits, "--losses=sds:guidance_scale=3")
+    assert "must not be negative" in error(*edits, "--guidance_scales=5,-1")
+    assert "5 is not among" in error(*edits, "--guidance_scales=1")
+    assert "batch_size" in error(*edits, "--batch_size=0")
+    assert "patches of 21" in error(*edits, "--settings.patch_range=[16,21]")
+    assert not (tmp_path / "out").exists()
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "image").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configs_open_with_a_command_that_takes_them(file):
+    """Their keys and types; and the paper's settings are the defaults, written out."""
+    header = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ")]
+    _, command, *args = shlex.split(header[1])
+    assert f"--config configs/image/{file.name}" in header[1]
+    args[args.index("--config") + 1] = str(file)
+    function, parser = lmc.cli.image.command_line(command, args)
+    given = parser.parse_args(args)
+    settings = {"synthesize": Synthesis, "edit": Editing, "edit_list": Comparison}
+    assert "Expected:" in "".join(header) or "not run" in "".join(header)
+    built = settings[function.__name__](**given.settings.as_dict())
+    assert (built == settings[function.__name__]()) == file.stem.startswith("paper")
+
+
+def test_losses_are_named_with_their_options():
+    found = parse_losses("sds, lmc:corrector=runs/x:fixed_noise=true,nfsd:negative_prompt=''")
+    assert [spec.class_path for spec in found] == [
+        "lmc.losses.SDS", "lmc.losses.LMC", "lmc.losses.NFSD"
+    ]  # fmt: skip
+    assert found[1].init_args == {"corrector": "runs/x", "fixed_noise": True}
+    assert found[2].init_args == {"negative_prompt": ""}
+    names = "sds cond dds lmc nfsd ms_sds pds vsd sdi"
+    assert set(loss_classes()) == set(names.split())
+    for specs, match in (
+        ("sds,sds", "sds comes twice"),
+        ("sds:steps=5", "'sds' has no 'steps'; it has guidance_scale"),
+        ("ms_sds:steps", "'steps' is no key=value"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            parse_losses(specs)
+
+
+def test_gradients_are_pictured(prior, world, tmp_path, monkeypatch):
+    """The halves of SDS as SDS itself has them, and b's."""
+    import lmc.report
+    from lmc.losses import LMC, SDS, LossInputs
+
+    shown = {}
+    figure = lmc.report.gradients_figure
+    monkeypatch.setattr(
+        lmc.report,
+        "gradients_figure",
+        lambda rows, names: shown.update(rows) or figure(rows, names),
+    )
+    args = ["gradients", *prior, f"--image={world}/wide.png", "--prompt=a dog", "--t=0.2,0.7"]
+    args += ["--corrector=identity", "--seed=3", "--guidance_scale=4"]
+    main([*args, f"--out={tmp_path}/deep/g.png"])
+    assert Image.open(tmp_path / "deep" / "g.png").width > 1000
+    network = DiffusersPrior(prior[1].split("=")[1])
+    network.to("cpu")
+    z = resize(read(world / "wide.png")[None, :, :, 4:24], 16)
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
+    for name, t in (("t = 0.2", 0.2), ("t = 0.7", 0.7)):
+        x = LossInputs(z, torch.tensor([t]), eps, network.embed([""]), network.embed(["a dog"]))
+        sds = SDS(4).terms(network, x)
+        row = shown[name]
+        torch.testing.assert_close(row["g_cond"], sds["cond"][0], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(row["g_proj"], sds["proj"][0], rtol=1e-3, atol=1e-5)
+        g_lmc = LMC("identity", 4).terms(network, x)["lmc"][0]
+        torch.testing.assert_close(row["g_lmc"], g_lmc, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(row["b(z, t)"] - row["ẑ_t"], g_lmc, rtol=1e-3, atol=1e-4)
+    assert "t must be in (0, 1)" in error(*args, "--t=0.5,1.5", f"--out={tmp_path}/g.png")
+    assert ".png" in error(*args, f"--out={tmp_path}/g")
