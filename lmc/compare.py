@@ -1,12 +1,7 @@
 """The translator trained with one loss after another at equal steps and seeds, and measured."""
 
-import csv
-import hashlib
-import importlib
-import inspect
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,61 +15,25 @@ import jsonargparse
 import torch
 from torch.utils.data import DataLoader
 
-from lmc import losses
 from lmc.evaluate import Clip, distances, evaluate_translator
 from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
 from lmc.priors import Prior
 from lmc.release import load_averaged
 from lmc.report import labelled_grid, table
+from lmc.specs import Spec
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model, per_image
 from lmc.training.side_by_side import TrainingFailed, Trainings
 from lmc.training.translator import TranslatorTraining
 from lmc.translator import Translator
 
-# Every loss of lmc.losses by its name.
-LOSSES: dict[str, type[ScoreDistillation]] = {
-    value.name: value
-    for value in vars(losses).values()
-    if inspect.isclass(value) and issubclass(value, ScoreDistillation) and hasattr(value, "name")
-}
 BATCH, PICTURES = 50, 10  # held-out images at a time, and in the picture
 COLUMNS = {
     "evaluations_per_image": ("evaluations per image and step", ".0f"),
     "seconds": ("seconds of training", ".0f"),
 }
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A loss as the user wrote it, `name[:key=value]*`.
-
-    Attributes:
-        label: the text itself.
-        class_path: of the loss.
-        options: of its constructor, by name, in place of the configuration's.
-    """
-
-    label: str
-    class_path: str
-    options: dict[str, str]
-
-    def arguments(self) -> list[str]:
-        """The same as arguments of the training."""
-        return [
-            f"--model.loss={self.class_path}",
-            *(f"--model.loss.{key}={value}" for key, value in self.options.items()),
-        ]
-
-    def folder(self) -> str:
-        """The label as the name of a folder, another for every label."""
-        name = self.label.replace(":", "+")
-        safe = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII)[:100]
-        if safe.replace("+", ":") == self.label:
-            return safe
-        return f"{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -98,48 +57,6 @@ class Run:
     def name(self) -> str:
         """As messages say it."""
         return f"{self.spec.label} seed {self.seed}"
-
-
-def parse_specs(text: str | None) -> list[Spec]:
-    """Losses separated by commas, each `name[:key=value]*`; one with a comma in quotes.
-
-    Args:
-        text: None is every loss of lmc.losses.
-
-    Raises:
-        ValueError: a loss or a key that is not known (says which are), or one loss twice.
-    """
-    if text is None:
-        labels = list(LOSSES)
-    else:
-        labels = [label.strip() for label in next(csv.reader([text], skipinitialspace=True), [])]
-    specs = [parse_spec(label) for label in labels]
-    if not specs:
-        raise ValueError(f"no loss is named; known are {', '.join(LOSSES)}")
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ValueError(f"the loss {label!r} is named twice")
-    return specs
-
-
-def parse_spec(label: str) -> Spec:
-    """One of them.
-
-    Raises:
-        ValueError: see `parse_specs`.
-    """
-    name, *parts = re.split(r":(?=\w+=)", label)  # a value may have colons
-    loss = LOSSES.get(name) or _import(name)
-    known = list(inspect.signature(loss).parameters)
-    options: dict[str, str] = {}
-    for part in parts:
-        key, _, value = part.partition("=")
-        if key not in known:
-            raise ValueError(f"the loss {name!r} has no {key!r}; it has {', '.join(known)}")
-        if key in options:
-            raise ValueError(f"the loss {label!r} has {key!r} twice")
-        options[key] = value
-    return Spec(label, f"{loss.__module__}.{loss.__qualname__}", options)
 
 
 def compare(
@@ -226,20 +143,6 @@ def _table(source: Mapping[str, Any], by_loss: Mapping[str, Mapping[str, Any]]) 
         some = f" ({len(good)} of {len(seeds)} seeds)" if 0 < len(good) < len(seeds) else ""
         rows[label + some] = good
     return table(rows, COLUMNS)
-
-
-def _import(name: str) -> type[ScoreDistillation]:
-    """A loss by its class path."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        loss = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"unknown loss {name!r} ({error}); known are {', '.join(LOSSES)}, or give a class path"
-        ) from error
-    if not (inspect.isclass(loss) and issubclass(loss, ScoreDistillation)):
-        raise ValueError(f"{name} is no class of a loss (ScoreDistillation)")
-    return loss
 
 
 def _configure(reader: ConfigReader, spec: Spec, args: Sequence[str]) -> dict[str, Any]:

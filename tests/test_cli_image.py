@@ -11,11 +11,12 @@ from test_evaluate import build_clip_folder
 
 import lmc.cli.image
 from lmc.cli import main
-from lmc.cli.specs import loss_classes, parse_losses
 from lmc.evaluate import Clip, clip_score, distances, rmse
 from lmc.images import decode_image, resize
+from lmc.losses import LMC, NFSD
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
+from lmc.specs import parse_specs
 
 import worlds
 
@@ -282,22 +283,14 @@ def test_configs_open_with_a_command_that_takes_them(file):
     assert (built == settings[function.__name__]()) == file.stem.startswith("paper")
 
 
-def test_losses_are_named_with_their_options():
-    found = parse_losses("sds, lmc:corrector=runs/x:fixed_noise=true,nfsd:negative_prompt=''")
-    assert [spec.class_path for spec in found] == [
-        "lmc.losses.SDS", "lmc.losses.LMC", "lmc.losses.NFSD"
-    ]  # fmt: skip
-    assert found[1].init_args == {"corrector": "runs/x", "fixed_noise": True}
-    assert found[2].init_args == {"negative_prompt": ""}
-    names = "sds cond dds lmc nfsd ms_sds pds vsd sdi"
-    assert set(loss_classes()) == set(names.split())
-    for specs, match in (
-        ("sds,sds", "sds comes twice"),
-        ("sds:steps=5", "'sds' has no 'steps'; it has guidance_scale"),
-        ("ms_sds:steps", "'steps' is no key=value"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            parse_losses(specs)
+def test_a_specs_loss_is_built_with_its_options_as_yaml():
+    lmc_loss, nfsd = (
+        spec.build(guidance_scale=3, rescale=False)
+        for spec in parse_specs("lmc:corrector=identity:fixed_noise=true,nfsd:negative_prompt=''")
+    )
+    assert isinstance(lmc_loss, LMC) and lmc_loss.fixed_noise is True
+    assert isinstance(nfsd, NFSD) and nfsd.negative_prompt == ""
+    assert (nfsd.guidance_scale, nfsd.rescale) == (3, False)
 
 
 def test_gradients_are_pictured(prior, world, tmp_path, monkeypatch):

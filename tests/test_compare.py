@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 import lmc.training.__main__ as training
 from lmc.cli import main
-from lmc.compare import LOSSES, parse_specs
 from lmc.evaluate import Clip, evaluate_translator
 from lmc.images import ImageStream
 from lmc.release import load_averaged
 from lmc.report import table
+from lmc.specs import LOSSES, parse_specs
 from lmc.training.side_by_side import Stopped, TrainingFailed, Trainings
 
 import worlds

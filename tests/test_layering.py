@@ -15,6 +15,7 @@ ORDER = (
     "unet",
     "corrector",
     "losses",
+    "specs",
     "translator",
     "optimize",
     "evaluate",

@@ -216,15 +216,7 @@ def network(tiny_prior_folder):
 ALL = (SDS, Cond, LMC, DDS, NFSD, MSSDS, PDS, VSD, SDI)
 
 
-BROKEN = pytest.mark.xfail(
-    strict=True, reason="predict_lora leaves the LoRA's weights without requires_grad"
-)
-
-
-@pytest.mark.parametrize(
-    "loss_class",
-    [pytest.param(each, marks=BROKEN if each is VSD else (), id=each.name) for each in ALL],
-)
+@pytest.mark.parametrize("loss_class", ALL, ids=lambda each: each.name)
 def test_every_loss_moves_an_image(network, loss_class):
     source = start(2, 24, 24).float()
     loss = loss_class("identity") if loss_class is LMC else loss_class()

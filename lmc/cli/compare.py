@@ -7,7 +7,8 @@ from pathlib import Path
 
 def compare(args: argparse.Namespace) -> None:
     """Train and measure; ends with an error where a training failed."""
-    from lmc.compare import compare, parse_specs
+    from lmc.compare import compare
+    from lmc.specs import parse_specs
 
     out = args.out or Path("runs/compare") / args.config.stem
     try:

@@ -12,7 +12,6 @@ import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmc.cli.specs import LossSpec, parse_losses, parse_numbers
 from lmc.images import decode_image, resize, to_uint8
 from lmc.losses import LMC, ScoreDistillation
 from lmc.optimize import (
@@ -38,6 +36,7 @@ from lmc.optimize import (
 )
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule, add_noise
+from lmc.specs import Spec, parse_specs
 
 SECONDS = 5.0  # between two lines of progress
 THUMBNAIL = 192  # longest side in pixels of a snapshot on the contact sheet
@@ -79,7 +78,7 @@ def synthesize(
         snapshot_every: steps from one picture of the progression to the next.
         device: cpu, cuda, …
     """
-    numbers = parse_numbers(seeds, "seeds", int)
+    numbers = _numbers(seeds, "seeds", int)
     if size < 8:
         raise ValueError(f"size must be at least 8 pixels, got {size}")
     start = grey(len(numbers), size)
@@ -131,7 +130,7 @@ def edit(
         snapshot_every: steps from one picture of the progression to the next.
         device: cpu, cuda, …
     """
-    numbers = parse_numbers(seeds, "seeds", int)
+    numbers = _numbers(seeds, "seeds", int)
     source = read_image(image)[None]
     if size is not None:
         source = _resize_shorter(source, size)
@@ -306,8 +305,8 @@ def edit_list(
     """
     edits = read_list(list)
     sources = torch.cat([_middle_square(read_image(Path(e.image)), size) for e in edits])
-    specs = parse_losses(losses)
-    scales = parse_numbers(guidance_scales, "guidance_scales", float)
+    specs = parse_specs(losses)
+    scales = _numbers(guidance_scales, "guidance_scales", float)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if statistics_scale not in scales:
@@ -398,19 +397,17 @@ def read_list(file: Path) -> list[Edit]:
     return edits
 
 
-def _build(spec: LossSpec, corrector: str | None, scale: float) -> ScoreDistillation:
+def _build(spec: Spec, corrector: str | None, scale: float) -> ScoreDistillation:
     """The loss of a spec at a guidance scale, not rescaled."""
-    options = dict(spec.init_args)
     for option in ("guidance_scale", "rescale"):
-        if option in options:
+        if option in spec.options:
             raise ValueError(f"{spec.label!r}: {option} is not a loss's own here")
-    module, name = spec.class_path.rsplit(".", 1)
-    loss_class = getattr(import_module(module), name)
-    if issubclass(loss_class, LMC) and "corrector" not in options:
+    more: dict[str, Any] = {"guidance_scale": scale, "rescale": False}
+    if spec.class_path == "lmc.losses.LMC" and "corrector" not in spec.options:
         if corrector is None:
             raise ValueError("the loss 'lmc' needs a corrector: --corrector FOLDER")
-        options["corrector"] = corrector
-    return loss_class(guidance_scale=scale, rescale=False, **options)
+        more["corrector"] = corrector
+    return spec.build(**more)
 
 
 def _edits_job(
@@ -574,7 +571,7 @@ def gradients(
     """
     from lmc.report import gradients_figure
 
-    times = parse_numbers(t, "t", float)
+    times = _numbers(t, "t", float)
     for time in times:
         if not 0 < time < 1:
             raise ValueError(f"t must be in (0, 1), got {time:g}")
@@ -766,3 +763,24 @@ def command_line(command: str, args: Sequence[str]) -> tuple[Callable[..., None]
     parser.add_argument("--config", action="config", help="YAML with any of the options below")
     parser.add_function_arguments(function, skip={"record"})
     return function, parser
+
+
+def _numbers(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Comma-separated numbers, each once.
+
+    Args:
+        text: such as '0,1,2'.
+        option: that they are of, for messages.
+        kind: int or float.
+
+    Raises:
+        ValueError: not numbers, or one that comes twice.
+    """
+    try:
+        numbers = [kind(part) for part in str(text).split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas, got {text!r}") from None
+    for number in numbers:
+        if numbers.count(number) > 1:
+            raise ValueError(f"{option}: {number} comes twice")
+    return numbers

@@ -1,0 +1,116 @@
+"""Losses as the command line names them: `lmc,sds,sds:guidance_scale=100`."""
+
+import csv
+import hashlib
+import importlib
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from lmc import losses
+from lmc.losses import ScoreDistillation
+
+# Every loss of lmc.losses by its name.
+LOSSES: dict[str, type[ScoreDistillation]] = {
+    value.name: value
+    for value in vars(losses).values()
+    if inspect.isclass(value) and issubclass(value, ScoreDistillation) and hasattr(value, "name")
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A loss as the user wrote it, `name[:key=value]*`.
+
+    Attributes:
+        label: the text itself.
+        class_path: of the loss.
+        options: of its constructor, by name, in place of the configuration's.
+    """
+
+    label: str
+    class_path: str
+    options: dict[str, str]
+
+    def arguments(self) -> list[str]:
+        """The same as arguments of the training."""
+        return [
+            f"--model.loss={self.class_path}",
+            *(f"--model.loss.{key}={value}" for key, value in self.options.items()),
+        ]
+
+    def folder(self) -> str:
+        """The label as the name of a folder, another for every label."""
+        name = self.label.replace(":", "+")
+        safe = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII)[:100]
+        if safe.replace("+", ":") == self.label:
+            return safe
+        return f"{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
+
+    def build(self, **more: Any) -> ScoreDistillation:
+        """The loss itself; its options are read as YAML.
+
+        Args:
+            more: further options, in place of the spec's.
+        """
+        options = {key: yaml.safe_load(value) for key, value in self.options.items()}
+        return _import(self.class_path)(**{**options, **more})
+
+
+def parse_specs(text: str | None) -> list[Spec]:
+    """Losses separated by commas, each `name[:key=value]*`; one with a comma in quotes.
+
+    Args:
+        text: None is every loss of lmc.losses.
+
+    Raises:
+        ValueError: a loss or a key that is not known (says which are), or one loss twice.
+    """
+    if text is None:
+        labels = list(LOSSES)
+    else:
+        labels = [label.strip() for label in next(csv.reader([text], skipinitialspace=True), [])]
+    specs = [parse_spec(label) for label in labels]
+    if not specs:
+        raise ValueError(f"no loss is named; known are {', '.join(LOSSES)}")
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"the loss {label!r} is named twice")
+    return specs
+
+
+def parse_spec(label: str) -> Spec:
+    """One of them.
+
+    Raises:
+        ValueError: see `parse_specs`.
+    """
+    name, *parts = re.split(r":(?=\w+=)", label)  # a value may have colons
+    loss = LOSSES.get(name) or _import(name)
+    known = list(inspect.signature(loss).parameters)
+    options: dict[str, str] = {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise ValueError(f"the loss {name!r} has no {key!r}; it has {', '.join(known)}")
+        if key in options:
+            raise ValueError(f"the loss {label!r} has {key!r} twice")
+        options[key] = value
+    return Spec(label, f"{loss.__module__}.{loss.__qualname__}", options)
+
+
+def _import(name: str) -> type[ScoreDistillation]:
+    """A loss by its class path."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        loss = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"unknown loss {name!r} ({error}); known are {', '.join(LOSSES)}, or give a class path"
+        ) from error
+    if not (inspect.isclass(loss) and issubclass(loss, ScoreDistillation)):
+        raise ValueError(f"{name} is no class of a loss (ScoreDistillation)")
+    return loss
