@@ -145,11 +145,13 @@ class Corrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
 class FilterCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
     """The closed-form corrector: the least-squares linear filter of z, by frequency and time.
 
-    b̂(z, t) = F⁻¹[ G_t F[z] ],  G_t = E[F[z_hat] F[z]*] / E|F[z]|²   (per frequency and channel)
+    b̂(z, t) = o_t + F⁻¹[ G_t F[z] ],  G_t = E[F[z_hat] F[z]*] / E|F[z]|²
 
-    G is estimated in bins of t (`estimate_filter`) and interpolated linearly between the bins'
-    centres. No equation of the paper: among all linear, shift-invariant b̂ it is the one with the
-    least ‖z_hat − b̂‖².
+    per frequency and channel, of z and z_hat less their mean images m and m̂_t; the offset is
+    o_t = m̂_t − F⁻¹[ G_t F[m] ]. Both are estimated in bins of t (`estimate_filter`) and
+    interpolated linearly between the bins' centres. No equation of the paper: among all b̂ that
+    filter and add an image it is the one with the least ‖z_hat − b̂‖². Without the offset it would
+    stretch, at high noise levels, what differs from mid-grey, where z_hat is drawn to the mean.
 
     Args:
         channels, size: of z: (channels, size, size).
@@ -174,7 +176,9 @@ class FilterCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
         self.time_range = (low, high)
         # Real and imaginary part last: a release has no complex numbers.
         self.register_buffer("gain", torch.zeros(bins, channels, size, size // 2 + 1, 2))
+        self.register_buffer("offset", torch.zeros(bins, channels, size, size))
         self.gain: Tensor
+        self.offset: Tensor
 
     def bin(self, t: Tensor) -> Tensor:
         """The bin of t as a real number: k + 0.5 at the centre of bin k; (B,)."""
@@ -194,13 +198,17 @@ class FilterCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
             )
         with torch.autocast(z.device.type, enabled=False):
             wide = z.to(torch.promote_types(z.dtype, torch.float32))
-            at = (self.bin(t.to(wide.dtype)) - 0.5).clamp(0, len(self.gain) - 1)
-            below = at.floor().long().clamp(max=max(0, len(self.gain) - 2))
-            share = (at - below).view(-1, 1, 1, 1)
-            gain = torch.view_as_complex(self.gain.to(wide.dtype))
-            above = (below + 1).clamp(max=len(self.gain) - 1)
-            mixed = (1 - share) * gain[below] + share * gain[above]
-            return torch.fft.irfft2(mixed * torch.fft.rfft2(wide), s=(size, size))
+            gain = torch.view_as_complex(self._at(t, self.gain.to(wide.dtype)))
+            filtered = torch.fft.irfft2(gain * torch.fft.rfft2(wide), s=(size, size))
+            return filtered + self._at(t, self.offset.to(wide.dtype))
+
+    def _at(self, t: Tensor, by_bin: Tensor) -> Tensor:
+        """Values (bins, …) interpolated between the centres of the bins: (B, …)."""
+        last = len(by_bin) - 1
+        at = (self.bin(t.to(by_bin.dtype)) - 0.5).clamp(0, last)
+        below = at.floor().long()
+        share = (at - below).view(-1, *[1] * (by_bin.ndim - 1))
+        return torch.lerp(by_bin[below], by_bin[(below + 1).clamp(max=last)], share)
 
 
 @torch.no_grad()
@@ -219,7 +227,7 @@ def estimate_filter(
         bins, time_range, statistics: see there.
 
     Raises:
-        ValueError: no triplets, or a bin of t without any.
+        ValueError: no triplets, or a bin of t with fewer than two.
     """
     corrector: FilterCorrector | None = None
     for batch in triplets:
@@ -227,22 +235,34 @@ def estimate_filter(
         if corrector is None:
             corrector = FilterCorrector(channels, size, bins, time_range, statistics, identity)
             cross = torch.zeros(bins, *corrector.gain.shape[1:4], dtype=torch.complex128)
-            power, count = torch.zeros_like(cross.real), torch.zeros(bins)
+            sum_z, sum_z_hat = torch.zeros_like(cross), torch.zeros_like(cross)
+            power, count = torch.zeros_like(cross.real), torch.zeros(bins).double()
         z, z_hat = (torch.fft.rfft2(x.cpu().double()) for x in (batch.z, batch.z_hat))
         index = corrector.bin(batch.t.cpu()).long().clamp(0, bins - 1)
-        cross.index_add_(0, index, z_hat * z.conj())
-        power.index_add_(0, index, z.abs().square())
+        for total, values in (
+            (cross, z_hat * z.conj()),
+            (power, z.abs().square()),
+            (sum_z, z),
+            (sum_z_hat, z_hat),
+        ):
+            total.index_add_(0, index, values)
         count += torch.bincount(index, minlength=bins)
     if corrector is None:
         raise ValueError("there are no triplets to estimate a filter from")
-    if not count.all():
+    if count.min() < 2:
         k, (low, high) = int(count.argmin()), time_range
         edges = [low + (high - low) * i / bins for i in (k, k + 1)]
         raise ValueError(
-            f"no triplet has t in [{edges[0]:.3f}, {edges[1]:.3f}]: take more triplets, or fewer "
-            f"than {bins} bins"
+            f"too few triplets: {int(count[k])} with t in [{edges[0]:.3f}, {edges[1]:.3f}]; take "
+            f"more, or fewer than {bins} bins"
         )
-    corrector.gain.copy_(torch.view_as_real(cross / power.clamp_min(1e-30)))
+    each = count.view(-1, 1, 1, 1)
+    mean_z, mean_z_hat = sum_z / each, sum_z_hat / each
+    covariance = cross / each - mean_z_hat * mean_z.conj()
+    variance = (power / each - mean_z.abs().square()).clamp_min(1e-30)
+    gain = covariance / variance
+    corrector.gain.copy_(torch.view_as_real(gain))
+    corrector.offset.copy_(torch.fft.irfft2(mean_z_hat - gain * mean_z, s=(size, size)))
     return corrector.eval()
 
 

@@ -288,7 +288,7 @@ def test_closed_form_says_what_is_wrong_first(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "is no release" in error(capsys, *given, f"--out={tmp_path / 'mine'}")
-    assert "no triplet has t in" in error(capsys, *given, f"--out={tmp_path / 'o'}", "--bins=16")
+    assert "too few triplets" in error(capsys, *given, f"--out={tmp_path / 'o'}", "--bins=16")
     with pytest.raises(SystemExit):
         main([*given, f"--out={tmp_path / 'o'}", "--bins=0"])
     assert "--bins: invalid at_least_one value: '0'" in capsys.readouterr().err

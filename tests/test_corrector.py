@@ -239,10 +239,14 @@ def test_training_finds_the_blur_of_the_gaussian_prior():
 # The closed-form corrector
 
 
+MEAN_Z = torch.tensor([0.5, -0.25], dtype=torch.float64)
+MEAN_Z_HAT = torch.tensor([-0.125, 1.0], dtype=torch.float64)
+
+
 def filtered(count: int, seed: int, size: int = 8, noise: float = 0.0) -> list[Triplets]:
     """Triplets whose z_hat is z through a filter that depends on channel and bin of t alone.
 
-    Shifted by one pixel where t > 0.5: a filter with a phase.
+    Shifted by one pixel where t > 0.5: a filter with a phase. Both have a mean of their own.
     """
     generator = torch.Generator().manual_seed(seed)
     batches = []
@@ -251,6 +255,7 @@ def filtered(count: int, seed: int, size: int = 8, noise: float = 0.0) -> list[T
         t = torch.rand(8, generator=generator, dtype=torch.float64)
         late = (t > 0.5).view(-1, 1, 1, 1)
         z_hat = torch.where(late, 0.25 * z.roll(1, 3), torch.tensor([[[[0.5]], [[0.75]]]]) * z)
+        z, z_hat = z + MEAN_Z[:, None, None], z_hat + MEAN_Z_HAT[:, None, None]
         z_hat = z_hat + noise * torch.randn(z.shape, generator=generator, dtype=torch.float64)
         batches.append(Triplets(z, z_hat, t))
     return batches
@@ -259,17 +264,20 @@ def filtered(count: int, seed: int, size: int = 8, noise: float = 0.0) -> list[T
 def test_a_filter_that_there_is_is_found_and_applied_exactly():
     corrector = estimate_filter(filtered(20, 0), {}, bins=2, time_range=(0, 1), statistics="none")
     # At the bins' centres, 0.25 and 0.75, and beyond them: between, they are mixed.
-    z = filtered(1, 1)[0].z
+    triplets = filtered(1, 1)[0]
+    z, centred = triplets.z, triplets.z - MEAN_Z[:, None, None]
+    offset = MEAN_Z_HAT[:, None, None]
+
+    def at(t: float) -> torch.Tensor:
+        return corrector(z, torch.full((8,), t, dtype=torch.float64))
+
+    scaled = torch.tensor([[[[0.5]], [[0.75]]]]) * centred + offset
+    shifted = 0.25 * centred.roll(1, 3) + offset
     for t in (0.05, 0.25):
-        found = corrector(z, torch.full((8,), t, dtype=torch.float64))
-        wanted = torch.tensor([[[[0.5]], [[0.75]]]]) * z
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(at(t), scaled, rtol=0, atol=1e-5)
     for t in (0.75, 0.97):
-        found = corrector(z, torch.full((8,), t, dtype=torch.float64))
-        torch.testing.assert_close(found, 0.25 * z.roll(1, 3), rtol=0, atol=1e-5)
-    between = corrector(z, torch.full((8,), 0.5, dtype=torch.float64))
-    halves = [corrector(z, torch.full((8,), t, dtype=torch.float64)) for t in (0.25, 0.75)]
-    torch.testing.assert_close(between, sum(halves) / 2, rtol=0, atol=1e-6)
+        torch.testing.assert_close(at(t), shifted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(at(0.5), (at(0.25) + at(0.75)) / 2, rtol=0, atol=1e-6)
 
 
 def test_the_filter_is_the_least_squares_one():
@@ -320,7 +328,7 @@ def test_on_gaussian_images_the_filter_is_the_known_one():
 def test_the_filter_says_what_it_lacks():
     with pytest.raises(ValueError, match="no triplets"):
         estimate_filter([], {})
-    with pytest.raises(ValueError, match=r"no triplet has t in \[0\.\d+, 0\.\d+\].*64 bins"):
+    with pytest.raises(ValueError, match=r"too few triplets: \d with t in \[0\.\d+, .*64 bins"):
         estimate_filter(filtered(1, 0), {}, bins=64, time_range=(0, 1))
     corrector = FilterCorrector(3, 8)
     with pytest.raises(ValueError, match=r"z is \(3, 16, 16\).*estimated at \(3, 8, 8\)"):
