@@ -26,7 +26,8 @@ OPTIONS = {
     "--device --out",
     "translate": "INPUT --translator --to --out --device",
     "release": "RUN --out --results --row --picture",
-    "closed-form": "--config --out --triplets --bins --batch-size --seed --statistics --device",
+    "closed-form": "--config --out --triplets --bins --batch-size --seed --each-channel "
+    "--statistics --device",
     "triplets": "--config --out --times-per-image --batch-size --device --rank --world-size",
     "compare": "--config --losses --seeds --out --clip --jobs --device --KEY=VALUE",
 }
@@ -255,7 +256,7 @@ def test_a_closed_form_corrector_is_one_command_away(world, tiny_prior_folder, t
     said = own_output(capsys)
     assert "estimated from 64 triplets" in said[0]
     corrector = load_corrector(str(tmp_path / "out"))
-    assert isinstance(corrector, FilterCorrector) and corrector.gain.shape == (2, 3, 16, 9, 2)
+    assert isinstance(corrector, FilterCorrector) and corrector.gain.shape == (2, 3, 3, 16, 9, 2)
     prior = DiffusersPrior(str(tiny_prior_folder))
     corrector.check_prior(prior.identity)
     prior.to("cpu")
@@ -274,8 +275,9 @@ def test_a_closed_form_corrector_from_stored_triplets(world, tiny_prior_folder, 
     main(["triplets", f"--config={config}", f"--out={tmp_path / 'triplets'}"])
     stored = f"{tmp_path / 'triplets'}/train-*.tar"
     config = stage_one_config(tmp_path, tiny_prior_folder, stored, stored)
-    closed_form(config, tmp_path / "out")
-    assert isinstance(load_corrector(str(tmp_path / "out")), FilterCorrector)
+    closed_form(config, tmp_path / "out", "--each-channel")
+    corrector = load_corrector(str(tmp_path / "out"))
+    assert isinstance(corrector, FilterCorrector) and corrector.gain.shape == (2, 3, 16, 9, 2)
 
 
 def test_closed_form_says_what_is_wrong_first(

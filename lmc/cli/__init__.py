@@ -180,7 +180,9 @@ def closed_form(args: argparse.Namespace) -> None:
                 done = number * args.batch_size
                 print(f"{done} triplets, {left:.0f} s left", file=sys.stderr, flush=True)
 
-    corrector = estimate_filter(counted(), identity, args.bins, time_range, args.statistics)
+    corrector = estimate_filter(
+        counted(), identity, args.bins, time_range, not args.each_channel, args.statistics
+    )
     seconds = time.monotonic() - began
     results = {}
     if images_heldout:
@@ -349,6 +351,11 @@ def parser() -> argparse.ArgumentParser:
         five.add_argument(
             option, type=kind, default=default, metavar="N", help=f"{about} (%(default)s)"
         )
+    five.add_argument(
+        "--each-channel",
+        action="store_true",
+        help="filter each channel by itself: a smaller and coarser corrector",
+    )
     five.add_argument(
         "--statistics",
         default="image",
