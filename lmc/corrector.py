@@ -247,13 +247,15 @@ class _Moments:
         covariance = self.zz / self.count - _outer(self.z / self.count, self.z / self.count)
         cross = self.zz_hat / self.count - _outer(self.z_hat / self.count, self.z / self.count)
         variance = covariance.diagonal().movedim(-1, 0).real
+        # Against frequencies that the pictures do not have: below an eighth bit's rounding.
+        ridge = 1e-6 * variance.mean()
         if not mix_channels:
-            return cross.diagonal().movedim(-1, 0) / variance.clamp_min(1e-30)
-        # A thousandth of the channels' mean variance keeps frequencies invertible in which they
-        # are all but equal, as those of grey pictures are.
-        ridge = 1e-3 * variance.mean(0) + 1e-30
+            return cross.diagonal().movedim(-1, 0) / (variance + ridge)
+        # And a thousandth of the channels' mean variance, against channels that are all but equal,
+        # as those of grey pictures are.
+        added = 1e-3 * variance.mean(0) + ridge
         matrices = covariance.permute(2, 3, 0, 1) + torch.diag_embed(
-            ridge[..., None].expand(*ridge.shape, len(variance))
+            added[..., None].expand(*added.shape, len(variance))
         )
         solved = torch.linalg.solve(matrices, cross.permute(2, 3, 0, 1), left=False)
         return solved.permute(2, 3, 0, 1)

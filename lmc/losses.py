@@ -33,7 +33,7 @@ from lmc.schedule import (
     guide,
 )
 
-Weighting = Literal["one", "dreamfusion", "sjc"]
+Weighting = Literal["one", "dreamfusion", "fantasia3d"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ScoreDistillation(ABC):
 
     Args:
         guidance_scale: ω; 1 is the plain conditional prediction.
-        weighting: w(t): 'one' (the paper's), 'dreamfusion' 1 − ᾱ_t, 'sjc' √ᾱ_t (1 − ᾱ_t).
+        weighting: w(t): 'one' (the paper's), 'dreamfusion' 1 − ᾱ_t, 'fantasia3d' √ᾱ_t (1 − ᾱ_t).
         chain_alpha: multiply by alpha_t, as the chain rule has it; many implementations do not.
         rescale: divide by ω, so that ω can vary without changing the gradient's size.
 
@@ -91,6 +91,7 @@ class ScoreDistillation(ABC):
         name: of the loss, as tables and messages say it.
         needs_source: `LossInputs` must have z_source and source.
         time: how t is drawn unless the user says otherwise.
+        needs_shared_time: one t for the whole batch (`TimeSchedule.shared`).
         learns: it has weights of its own, which `learn` trains.
         negative_prompt: None, or the prompt whose embedding is `LossInputs.negative`.
         fixed_noise: `LossInputs` must have eps_fixed.
@@ -102,6 +103,7 @@ class ScoreDistillation(ABC):
     name: ClassVar[str]
     needs_source: ClassVar[bool] = False
     time: ClassVar[TimeSchedule] = UniformTime()
+    needs_shared_time: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     negative_prompt: str | None = None
     fixed_noise: bool = False
@@ -130,6 +132,20 @@ class ScoreDistillation(ABC):
             ValueError: it does not; see the losses.
         """
 
+    def choose_time(self, time: TimeSchedule | None) -> TimeSchedule:
+        """How t is drawn: the user's way, or the loss's own where that is None.
+
+        Raises:
+            ValueError: the loss needs one t for the whole batch, and `time` draws one a sample.
+        """
+        time = time or self.time
+        if self.needs_shared_time and not time.shared:
+            raise ValueError(
+                f"the loss {self.name!r} needs one t for the whole batch: draw it by a schedule "
+                f"such as FallingTime, not by {type(time).__name__}"
+            )
+        return time
+
     @abstractmethod
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         """The loss's gradient before any weighting, by named terms, each (B, C, H, W)."""
@@ -153,7 +169,7 @@ class ScoreDistillation(ABC):
         weight = {
             "one": torch.ones_like(alpha_t),
             "dreamfusion": sigma_t.square(),
-            "sjc": alpha_t * sigma_t.square(),
+            "fantasia3d": alpha_t * sigma_t.square(),
         }[self.weighting]
         if self.chain_alpha:
             weight = weight * alpha_t
@@ -279,7 +295,7 @@ class LMC(ScoreDistillation):
 
 
 class DDS(ScoreDistillation):
-    """Delta Denoising Score [Hertz et al., Eq. 3]: the same t and eps for target and source.
+    """Delta Denoising Score [Hertz et al.]: the same t and eps for target and source.
 
     g = eps_guided(z_t, y_target) − eps_guided(z_src_t, y_source)
     """
@@ -299,7 +315,7 @@ NEGATIVE_PROMPT = (
 
 
 class NFSD(ScoreDistillation):
-    """Noise-Free Score Distillation [Katzir et al., Eq. 9].
+    """Noise-Free Score Distillation [Katzir et al.].
 
     g = δ_D + ω (eps_cond − eps_uncond);  δ_D = eps_uncond where t < 0.2, else
     eps_uncond − eps(z_t, y_negative)
@@ -349,7 +365,7 @@ class NFSD(ScoreDistillation):
 
 
 class MSSDS(ScoreDistillation):
-    """Multi-step SDS: `z` against a guided DDIM sample from z_t [SparseFusion, Sec. 3.3].
+    """Multi-step SDS: `z` against a guided DDIM sample from z_t [Zhou & Tulsiani, SparseFusion].
 
     g = alpha_t / sigma_t (z − ẑ), ẑ in `steps` even, deterministic steps from z_t to t = 0, where
     the image is clean (ᾱ = 1). The weight alpha_t / sigma_t is that of Eq. 7, so that one step is
@@ -389,7 +405,7 @@ class MSSDS(ScoreDistillation):
 
 
 class PDS(ScoreDistillation):
-    """Posterior Distillation Sampling [Koo et al., Eq. 9]: stochastic latents compared.
+    """Posterior Distillation Sampling [Koo et al.]: stochastic latents compared.
 
     g = ẑ_target − ẑ_source,  ẑ = (z_s − μ(z_t, z_hat)) / σ_post
 
@@ -398,6 +414,8 @@ class PDS(ScoreDistillation):
     coefficients of one consistent pair: s is the index below t on the prior's own grid. The term
     in z − z_source then vanishes and what is left is DDS with the weight μ's z_hat has. (The
     authors' code has s two steps below with the coefficients of one, which leaves such a term.)
+    That weight is of the order of √beta: on a grid of 1,000 steps g is about a tenth of DDS's, so
+    an L2 term beside it has ten times the say. alpha_t of the common weights is applied on top.
 
     Args:
         guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
@@ -448,7 +466,7 @@ class PDS(ScoreDistillation):
 
 
 class VSD(ScoreDistillation):
-    """Variational Score Distillation [ProlificDreamer, Eq. 9].
+    """Variational Score Distillation [Wang et al., ProlificDreamer].
 
     g = eps_guided(z_t, y) − eps_LoRA(z_t, y, t)
 
@@ -457,7 +475,7 @@ class VSD(ScoreDistillation):
 
     Args:
         guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
-        lora_rank: of every attention projection.
+        lora_rank: see `LoraPrior.add_lora`.
         lora_lr: AdamW's learning rate of the LoRA.
     """
 
@@ -491,9 +509,6 @@ class VSD(ScoreDistillation):
             )
         prior.to(device)
         self.lora = prior.add_lora(self.lora_rank)
-        if torch.distributed.is_initialized():
-            for weight in self.lora.values():
-                torch.distributed.broadcast(weight.data, 0)
         self.optimizer = torch.optim.AdamW(self.lora.values(), lr=self.lora_lr)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
@@ -542,7 +557,7 @@ class VSD(ScoreDistillation):
 
 
 class SDI(ScoreDistillation):
-    """Score Distillation via Inversion [Lukoianov et al., Eq. 12]: SDS with inverted noise.
+    """Score Distillation via Inversion [Lukoianov et al.]: SDS with inverted noise.
 
     g = sigma_t / alpha_t (eps_guided(z_t) − κ) = z − z_hat,  z_t = alpha_t z + sigma_t κ
 
@@ -551,7 +566,7 @@ class SDI(ScoreDistillation):
 
     Args:
         guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
-        inversion_guidance_scale: ω of the inversion.
+        inversion_guidance_scale: ω of the inversion; None is −guidance_scale.
         inversion_steps: from t = 0 to 1; up to t it takes int(inversion_steps · t), at least one,
             of two evaluations each.
 
@@ -560,6 +575,7 @@ class SDI(ScoreDistillation):
     """
 
     name = "sdi"
+    needs_shared_time = True
     time = FallingTime(jitter=1 / 30)
 
     def __init__(
@@ -568,21 +584,21 @@ class SDI(ScoreDistillation):
         weighting: Weighting = "one",
         chain_alpha: bool = False,
         rescale: bool = True,
-        inversion_guidance_scale: float = -7.5,
+        inversion_guidance_scale: float | None = None,
         inversion_steps: int = 10,
     ) -> None:
         super().__init__(guidance_scale, weighting, chain_alpha, rescale)
         if inversion_steps < 1:
             raise ValueError(f"inversion_steps must be at least 1, got {inversion_steps}")
-        self.inversion_guidance_scale = inversion_guidance_scale
+        negative = -guidance_scale
+        self.inversion_guidance_scale = (
+            negative if inversion_guidance_scale is None else inversion_guidance_scale
+        )
         self.inversion_steps = inversion_steps
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         if not torch.equal(x.t, x.t[:1].expand_as(x.t)):
-            raise ValueError(
-                "the loss 'sdi' needs one t for the whole batch, since it inverts up to t: use a "
-                "time schedule such as FallingTime"
-            )
+            raise ValueError(f"the loss 'sdi' needs one t for the whole batch, got {x.t.tolist()}")
         # The tolerance is for t = 0.7 in float32, which is a little less.
         steps = max(1, int(self.inversion_steps * x.t[0].item() + 1e-4))
         z_s = x.z

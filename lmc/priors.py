@@ -91,7 +91,10 @@ class Prior(Protocol):
         ...
 
     def predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
-        """(eps, z_hat) for noisy z_t (B, C, H, W) at times t (B,): fp32 or wider, no gradient."""
+        """(eps, z_hat) for noisy z_t (B, C, H, W) at times t (B,): fp32 or wider, no gradient.
+
+        t is in (0, 1); SDI, which inverts from a clean image on, asks at 0 too.
+        """
         ...
 
 
@@ -375,6 +378,8 @@ class DiffusersPrior:
     def add_lora(self, rank: int) -> dict[str, torch.nn.Parameter]:
         """Add a LoRA to the denoiser's attention projections; one that is there is replaced.
 
+        It begins the same every time, on every device.
+
         Args:
             rank: of the LoRA; its scale is 1.
 
@@ -389,6 +394,7 @@ class DiffusersPrior:
 
         denoiser = self._loaded(self._denoiser)
         names = ["to_q", "to_k", "to_v", "to_out.0"]
+        names += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]  # of the text, in some
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
         try:
             # Not diffusers' add_adapter, which not every denoiser has.
@@ -396,8 +402,13 @@ class DiffusersPrior:
         except ValueError as error:
             raise ValueError(f"{self.pretrained}: no LoRA fits the denoiser: {error}") from error
         self._lora = {name: p for name, p in denoiser.named_parameters() if ".lora." in name}
-        for weight in self._lora.values():
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in self._lora.items():
             weight.data = weight.data.float()  # whatever the denoiser's own dtype
+            if ".lora_A." in name:  # peft draws from the state of the moment, on the device
+                start = torch.empty(weight.shape)
+                torch.nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
+                weight.data.copy_(start)
         self._switch_lora(False)
         return self._lora
 

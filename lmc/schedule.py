@@ -6,7 +6,7 @@ float64 out. Image tensors are (B, C, H, W); `alpha_t` and `sigma_t` are (B, 1, 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -103,9 +103,14 @@ class TimeSchedule(ABC):
     Args:
         time_range: t stays in it.
 
+    Attributes:
+        shared: one t for the whole batch.
+
     Raises:
         ValueError: it is no interval within [0, 1].
     """
+
+    shared: ClassVar[bool] = False
 
     def __init__(self, time_range: tuple[float, float] = TIME_RANGE) -> None:
         self.time_range = check_time_range(time_range)
@@ -142,6 +147,8 @@ class FallingTime(TimeSchedule):
     Raises:
         ValueError: no interval, or a negative jitter.
     """
+
+    shared = True
 
     def __init__(self, time_range: tuple[float, float] = TIME_RANGE, jitter: float = 0.0) -> None:
         super().__init__(time_range)

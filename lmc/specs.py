@@ -1,5 +1,6 @@
 """Losses as the command line names them: `lmc,sds,sds:guidance_scale=100`."""
 
+import argparse
 import csv
 import hashlib
 import importlib
@@ -8,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
+import jsonargparse
 
 from lmc import losses
 from lmc.losses import ScoreDistillation
@@ -51,13 +52,37 @@ class Spec:
         return f"{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
 
     def build(self, **more: Any) -> ScoreDistillation:
-        """The loss itself; its options are read as YAML.
+        """The loss itself, its options read and checked as a configuration's are.
 
         Args:
             more: further options, in place of the spec's.
+
+        Raises:
+            ValueError: an option of another type, or one the loss itself refuses.
+            FileNotFoundError: see `lmc.losses.LMC`.
         """
-        options = {key: yaml.safe_load(value) for key, value in self.options.items()}
-        return _import(self.class_path)(**{**options, **more})
+        options = {**self.options, **more}
+        try:
+            return build(ScoreDistillation, {"class_path": self.class_path, "init_args": options})
+        except ValueError as error:
+            raise ValueError(f"the loss {self.label!r}: {error}") from error
+
+
+def build(kind: Any, config: Any) -> Any:
+    """The object that `class_path` and `init_args` describe, a `kind`.
+
+    Raises:
+        ValueError: they describe none.
+    """
+    parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--it", type=kind, required=True)
+    try:
+        parsed = parser.parse_object({"it": config})
+    except argparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    # Renamed in jsonargparse 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parsed).it
 
 
 def parse_specs(text: str | None) -> list[Spec]:

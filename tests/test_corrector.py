@@ -330,6 +330,22 @@ def test_channels_that_are_equal_are_no_difficulty():
 
 
 @pytest.mark.parametrize("mixed", [True, False])
+def test_frequencies_that_no_picture_has_are_no_difficulty(mixed):
+    """Enlarged pictures, all of one mean: rounding is all there is at some frequencies."""
+    generator = torch.Generator().manual_seed(0)
+    triplets = []
+    for x in filtered(40, 0):
+        z = torch.nn.functional.interpolate(x.z[:, :, :4, :4], (8, 8), mode="bilinear")
+        z = z - z.mean((2, 3), keepdim=True) + 0.3
+        z_hat = 0.5 * z + 0.1 * torch.randn(z.shape, generator=generator, dtype=z.dtype)
+        triplets.append(Triplets(z, z_hat, x.t))
+    corrector = estimate_filter(triplets, {}, 2, (0, 1), mixed, "none")
+    assert corrector.gain.abs().max() < 5
+    sharp = filtered(1, 1)[0]
+    assert corrector(sharp.z, sharp.t).abs().max() < 10
+
+
+@pytest.mark.parametrize("mixed", [True, False])
 def test_on_gaussian_images_the_filter_is_the_known_one(mixed):
     """E[z_hat | z] has the gain alpha_t² S / (alpha_t² S + sigma_t²), frequency by frequency."""
     size = 8

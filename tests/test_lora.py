@@ -80,6 +80,33 @@ def test_predict_lora_says_what_to_call_first(tiny_prior_folder):
         prior.predict_lora(x.z, x.t, x.target)
 
 
+def test_a_lora_begins_the_same_whatever_was_drawn_before(tiny_prior_folder):
+    starts = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        starts.append(loaded(tiny_prior_folder).add_lora(4))
+    for name, weight in starts[0].items():
+        assert torch.equal(weight, starts[1][name])
+    assert any(weight.abs().max() > 0 for weight in starts[0].values())
+
+
+def test_the_text_has_its_lora_too(tiny_prior_folder):
+    """DeepFloyd's attention takes the text through projections of other names."""
+    names = loaded(tiny_prior_folder).add_lora(4)
+    assert any("add_k_proj" in name for name in names)
+
+
+def test_a_lora_beside_a_bfloat16_prior_learns_in_float32(tiny_prior_folder):
+    prior = loaded(tiny_prior_folder, dtype="bfloat16")
+    x = inputs(prior, ["a cat", "a dog"])
+    vsd = VSD(lora_lr=0.01)
+    vsd.prepare(prior, "cpu")
+    vsd.learn(prior, x)
+    assert {weight.dtype for weight in vsd.lora.values()} == {torch.float32}
+    total = vsd(prior, x).total
+    assert total.dtype == torch.float32 and total.isfinite().all()
+
+
 def test_a_second_lora_takes_the_place_of_the_first(tiny_prior_folder):
     prior = loaded(tiny_prior_folder)
     x = inputs(prior, ["a cat", "a dog"])

@@ -1,5 +1,6 @@
 """Gradients of every loss against closed forms over gaussian images, written out in numpy."""
 
+import inspect
 import itertools
 
 import numpy as np
@@ -22,7 +23,8 @@ from lmc.losses import (
     ScoreDistillation,
     surrogate,
 )
-from lmc.schedule import FallingTime, FlowSchedule
+from lmc.schedule import FallingTime, FlowSchedule, UniformTime
+from lmc.training.dry_run import per_image
 from lmc.translator import Translator
 
 from gaussian import GaussianPrior, small_prior
@@ -179,7 +181,7 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
         elif name == "sdi":
             steps, inverted = int(10 * index / 1000), z
             for k in range(steps):
-                inverted = ddim(inverted, index * k / steps, index * (k + 1) / steps, -7.5)
+                inverted = ddim(inverted, index * k / steps, index * (k + 1) / steps, -omega)
             parts = {"inverted": z - ddim(inverted, index, 0, omega)}
         else:
             z_hat = pixels(null + a * spectrum / power * (z_t - a * null))
@@ -188,7 +190,7 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
             mean = b_hat.mean(axes, keepdims=True)
             ratio = z_hat.std(axes, keepdims=True) / b_hat.std(axes, keepdims=True)
             parts = {"cond": cond, "lmc": fourier_of(ratio * (b_hat - mean) + mean - z_hat)}
-        weight = {"one": 1, "dreamfusion": 1 - a**2, "sjc": a * (1 - a**2)}[weighting]
+        weight = {"one": 1, "dreamfusion": 1 - a**2, "fantasia3d": a * (1 - a**2)}[weighting]
         weight *= (a if chain_alpha else 1) / (omega if rescale else 1)
         for key, part in parts.items():
             terms.setdefault(key, []).append(weight * pixels(part))
@@ -199,7 +201,9 @@ def fourier_of(image: np.ndarray) -> np.ndarray:
     return np.fft.fft2(image, norm="ortho")
 
 
-OPTIONS = list(itertools.product(("one", "dreamfusion", "sjc"), (True, False), (True, False)))
+OPTIONS = list(
+    itertools.product(("one", "dreamfusion", "fantasia3d"), (True, False), (True, False))
+)
 
 
 @pytest.mark.parametrize("omega", [1, 7.5, 15])
@@ -414,7 +418,7 @@ def test_rescaling_at_guidance_scale_zero_is_an_error(prior, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_weighting_names_the_known_ones(prior, name):
-    with pytest.raises(ValueError, match=r"'snr'.*one, dreamfusion, sjc"):
+    with pytest.raises(ValueError, match=r"'snr'.*one, dreamfusion, fantasia3d"):
         make(name, prior, weighting="snr")
 
 
@@ -450,10 +454,15 @@ def test_nfsd_takes_an_empty_negative_prompt_but_not_none():
 
 
 def test_sdi_refuses_a_time_for_each_sample(prior):
-    with pytest.raises(ValueError, match=r"one t for the whole batch.*FallingTime"):
+    with pytest.raises(ValueError, match=r"one t for the whole batch, got \[0\.03, 0\.4, "):
         SDI()(prior, inputs(prior))
     assert prior.calls == 0
-    assert isinstance(SDI().time, FallingTime)
+    with pytest.raises(ValueError, match="such as FallingTime, not by UniformTime"):
+        SDI().choose_time(UniformTime())
+    assert isinstance(SDI().choose_time(None), FallingTime)
+    assert isinstance(SDS().choose_time(None), UniformTime)
+    given = FallingTime()
+    assert SDI().choose_time(given) is given and SDS().choose_time(given) is given
 
 
 def test_pds_refuses_a_flow_prior_by_name(prior):
@@ -654,6 +663,28 @@ def test_vsd_refuses_the_state_of_another_lora(prior, state):
     vsd.prepare(prior, "cpu")
     with pytest.raises(ValueError, match="another prior or lora_rank"):
         vsd.load_state_dict(state)
+
+
+# As METHOD's table counts them, for the dry run: of SDI on average, of NFSD at most.
+@pytest.mark.parametrize(("name", "omega"), EVALUATIONS)
+def test_a_dry_run_says_the_same_counts(name, omega):
+    loss = CLASSES[name.removesuffix("_fixed")]
+    options = {
+        key: parameter.default
+        for key, parameter in inspect.signature(loss).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    options |= {"guidance_scale": omega} | ({"fixed_noise": True} if "fixed" in name else {})
+    config = {"class_path": f"lmc.losses.{loss.__name__}", "init_args": options}
+    said, _ = per_image({"loss": config, "classes": ["dog"]})
+    wanted = EVALUATIONS[name, omega][0] / 4
+    if name == "sdi":  # at t = 0.7 seven steps, not 4.5 on average
+        wanted -= 2 * (7 - 4.5)
+    if name == "nfsd":  # one sample in four is early
+        wanted += 0.25
+    if name == "vsd":  # and one to train the LoRA
+        wanted += 1
+    assert said == wanted
 
 
 def test_the_module_has_no_loss_that_these_tests_do_not_know():

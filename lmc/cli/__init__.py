@@ -98,7 +98,9 @@ def release(args: argparse.Namespace) -> None:
 
 def triplets(args: argparse.Namespace) -> None:
     """Sample the triplets of a stage-one configuration into shards."""
+    from lmc.priors import Prior
     from lmc.schedule import TIME_RANGE
+    from lmc.specs import build
     from lmc.triplets import TripletSet, write_triplets
 
     config = _stage_one(args.config)
@@ -116,7 +118,7 @@ def triplets(args: argparse.Namespace) -> None:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     who = f"[{args.rank}] " if args.world_size > 1 else ""
     done = write_triplets(
-        _prior(model["prior"]),
+        build(Prior, model["prior"]),
         what,
         args.out,
         args.batch_size,
@@ -145,8 +147,10 @@ def closed_form(args: argparse.Namespace) -> None:
     from lmc.corrector import estimate_filter
     from lmc.evaluate import evaluate_corrector
     from lmc.images import ImageStream
+    from lmc.priors import Prior
     from lmc.release import check_out, write_release
     from lmc.schedule import TIME_RANGE
+    from lmc.specs import build
     from lmc.triplets import TripletStream, check_origin, triplet_origin, triplets_of
 
     config = _stage_one(args.config)
@@ -155,7 +159,7 @@ def closed_form(args: argparse.Namespace) -> None:
     check_out(args.out)
     origin = triplet_origin(data["train"])
     images_heldout = triplet_origin(data["heldout"]) is None
-    prior = _prior(model["prior"])
+    prior = build(Prior, model["prior"])
     identity = prior.identity
     began = time.monotonic()
     batches: Any
@@ -215,23 +219,6 @@ def _stage_one(file: Path) -> dict[str, Any]:
                     f"{file} has no {section}.{name}: not a configuration of train_bias.py"
                 ) from None
     return config
-
-
-def _prior(config: Any) -> Any:
-    """The prior that `class_path` and `init_args` describe."""
-    import jsonargparse
-
-    from lmc.priors import Prior
-
-    parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--prior", type=Prior, required=True)
-    try:
-        parsed = parser.parse_object({"prior": config})
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    # Renamed in jsonargparse 4.49.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return instantiate(parsed).prior
 
 
 def _translator(path: str) -> Any:

@@ -216,12 +216,13 @@ def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
     loss = getattr(importlib.import_module(module), name).name
     options = _options(model["loss"])
     each, note = EVALUATIONS.get(loss), ""
-    if loss == "ms_sds":
+    guided = options.get("guidance_scale") != 1
+    if loss == "ms_sds" and "steps" in options:
         each = 2 * options["steps"]
-    if loss == "sdi":
-        # 2 int(n t) + 2, t falling from 1 to 0.
-        each, note = options["inversion_steps"] + 1, ", on average"
-    if loss == "lmc" and options["fixed_noise"]:
+    if loss == "sdi" and "inversion_steps" in options:
+        # 2 int(n t) + 2 while t falls from 1 to 0, the last two 1 where it is not guided.
+        each, note = options["inversion_steps"] + (1 if guided else 0), ", about"
+    if loss == "lmc" and options.get("fixed_noise"):
         each = 3
     if loss == "nfsd":
         note = ", at most"
@@ -229,8 +230,8 @@ def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
         note = ", one of them trains the LoRA"
     if each is None:
         return None, loss
-    if options.get("guidance_scale") == 1 and loss in ONE_BRANCH:
-        each //= 2
+    if not guided:
+        each = each // 2 if loss in ONE_BRANCH else each - (loss in ("nfsd", "vsd"))
     if model.get("every_class"):
         classes = len(model["classes"])
         return each * classes, f"{loss}{note}, each image to {classes} classes"

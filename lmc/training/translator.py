@@ -60,7 +60,8 @@ class TranslatorTraining(TrainingModule):
         seed: of classes, t and eps; follows seed_everything.
 
     Raises:
-        ValueError: a prompt without {}, or a source that is a target too.
+        ValueError: a prompt without {}, a source that is a target too, or see
+            `ScoreDistillation.choose_time`.
     """
 
     paper_batch = 32
@@ -94,7 +95,7 @@ class TranslatorTraining(TrainingModule):
             ema_decay,
             seed,
         )
-        self.prior, self.loss, self.time = prior, loss, time or loss.time
+        self.prior, self.loss, self.time = prior, loss, loss.choose_time(time)
         self.prompts = ["", prompt.format(source), *(prompt.format(name) for name in classes)]
         if loss.negative_prompt is not None:
             self.prompts.append(loss.negative_prompt)
