@@ -15,6 +15,7 @@ ORDER = (
     "unet",
     "corrector",
     "losses",
+    "dreamsampler",
     "translator",
     "optimize",
     "evaluate",

@@ -261,13 +261,22 @@ def parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"of this process; default ${variable}, which torchrun sets, else {alone}",
         )
+
+    # Named here for --help; `main` hands it to a parser of typed keys before this one.
+    commands.add_parser("dreamsampler", help="edit or restore one image by DreamSampler")
     return main
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; bad input ends it with one line that says what is wrong."""
-    given = parser().parse_args(args)
+    args = sys.argv[1:] if args is None else list(args)
     try:
+        if args[:1] == ["dreamsampler"]:
+            from lmc.cli.dreamsampler import main as dreamsampler
+
+            dreamsampler(args[1:])
+            return
+        given = parser().parse_args(args)
         given.run_command(given)
     except (OSError, ValueError) as error:
         sys.exit(f"lmc: {error}")
