@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.functional import gaussian_blur, pad
 
 from lmc.images import resize
 from lmc.priors import Embedding, Prior
@@ -233,6 +233,8 @@ class AveragePooling:
 class GaussianBlur:
     """A blurs with a gaussian cut off at three deviations, the image mirrored at its borders.
 
+    The outermost pixels are mirrored too: A is then symmetric and its norm 1.
+
     Args:
         sigma: its deviation in pixels.
     """
@@ -242,7 +244,9 @@ class GaussianBlur:
 
     def __call__(self, image: Tensor) -> Tensor:
         reach = math.ceil(3 * self.sigma)
-        return gaussian_blur(image, [2 * reach + 1] * 2, [self.sigma] * 2)
+        wide = pad(image, [reach], padding_mode="symmetric")
+        wide = gaussian_blur(wide, [2 * reach + 1] * 2, [self.sigma] * 2)
+        return wide[..., reach:-reach, reach:-reach]
 
 
 @dataclass(frozen=True)
