@@ -269,28 +269,29 @@ def test_any_renderer_and_a_nonlinear_operator(family_folder):
     prior = DiffusersPrior(str(family_folder("sd15")))
     null = prior.embed([""])
     prior.to("cpu")
-    y = torch.full((1, 1), 0.5)
 
-    def brightness(image: Tensor) -> Tensor:
-        return image.tanh().mean((1, 2, 3))[:, None]
+    def squashed(image: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(image, 4).tanh()
 
     class Field(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.colour = nn.Parameter(torch.zeros(1, 3, 1, 1))
+            self.colours = nn.Parameter(torch.zeros(1, 3, 4, 4))
 
         def forward(self) -> Tensor:
-            return self.colour.expand(1, 3, 48, 48)
+            return nn.functional.interpolate(self.colours, (48, 48), mode="bilinear")
 
-    z = prior.encode(torch.zeros(1, 3, 32, 32))
-    penalty = DataConsistency(brightness, y, 1e4)
+    with torch.no_grad():
+        z = prior.encode(torch.zeros(1, 3, 32, 32))
+        y = squashed(prior.decode(draw(*z.shape).float()))
+    penalty = DataConsistency(squashed, y, 100.0)
     for renderers in ((Field(), Field()), (Canvas(prior, z), Canvas(prior, z))):
         for renderer, given in zip(renderers, (None, penalty), strict=True):
-            DreamSampler(5, 0.5, step_size=2e-5 if isinstance(renderer, Field) else 1e-2)(
+            DreamSampler(3, 0.5, step_size=1e-3, inner_steps=10)(
                 prior, renderer, null, null, generators(1), penalty=given
             )
         without, with_it = (penalty(renderer()).item() for renderer in renderers)
-        assert with_it < 0.9 * without
+        assert with_it < 0.8 * without
 
 
 def test_what_is_refused():
