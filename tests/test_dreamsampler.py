@@ -172,6 +172,22 @@ def test_null_edits_come_back_to_the_source():
     assert (moved * dog).sum((1, 2, 3)).min() > 0.5 * dog.square().sum()
 
 
+def test_inversion_follows_the_probability_flow():
+    """One step is the prediction at t = 0; many come near the gaussian's own flow.
+
+    Each frequency's z_t / √(alpha_t² S + sigma_t²) is constant on it (the means are 0).
+    """
+    prior = small_prior(SIZE)
+    z, null = prior.sample(2, "", generators(1)[0]), prior.embed(["", ""])
+    at_zero, _ = prior.predict(z, torch.zeros(2).double(), null)
+    torch.testing.assert_close(DreamSampler(1, 0.8).invert(prior, z, null), at_zero)
+    alpha, sigma = coefficients(prior, 0.8)
+    spread = ((alpha**2 * prior.spectrum + sigma**2) / prior.spectrum).sqrt()
+    z_t = torch.fft.ifft2(spread * torch.fft.fft2(z)).real
+    eps = DreamSampler(400, 0.8).invert(prior, z, null)
+    assert (eps - (z_t - alpha * z) / sigma).abs().max() < 0.02
+
+
 def test_an_image_depends_on_its_own_generator_alone():
     prior = small_prior(SIZE)
     z = torch.zeros(3, 3, SIZE, SIZE).double()
