@@ -16,6 +16,7 @@ ORDER = (
     "corrector",
     "losses",
     "specs",
+    "dreamsampler",
     "translator",
     "optimize",
     "evaluate",

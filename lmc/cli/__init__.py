@@ -363,6 +363,8 @@ def parser() -> argparse.ArgumentParser:
     compare.add_parser(commands)
     for name, about in IMAGE_COMMANDS.items():
         commands.add_parser(name, help=about)  # for --help alone
+    # Named here for --help; `main` hands it to a parser of typed keys before this one.
+    commands.add_parser("dreamsampler", help="edit or restore one image by DreamSampler")
     return main
 
 
@@ -374,6 +376,11 @@ def main(args: Sequence[str] | None = None) -> None:
             from lmc.cli.image import main as image
 
             image(args[0], args[1:])
+            return
+        if args[:1] == ["dreamsampler"]:
+            from lmc.cli.dreamsampler import main as dreamsampler
+
+            dreamsampler(args[1:])
             return
         given = parser().parse_args(args)
         given.run_command(given)

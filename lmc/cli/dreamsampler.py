@@ -1,0 +1,374 @@
+"""`lmc dreamsampler edit | inpaint | super_resolve | deblur`: DreamSampler on an image file.
+
+A command is a dataclass, so that every knob is a typed key of the command line and of a YAML.
+"""
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm import tqdm
+
+from lmc.dreamsampler import (
+    AveragePooling,
+    Canvas,
+    DataConsistency,
+    DreamSampler,
+    GaussianBlur,
+    Inpainting,
+    check_factor,
+    check_prior,
+    data_weight,
+)
+from lmc.images import decode_image, resize, to_uint8
+from lmc.priors import Embedding, Prior
+
+MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
+
+
+@dataclass(kw_only=True)
+class Task(ABC):
+    """What all commands share.
+
+    Args:
+        prior: a variance-preserving prior.
+        image: file; its middle square is taken, resized to the prior's resolution.
+        out: folder to write the PNGs, config.yaml and results.json into.
+        prompt: of the result; '' is none.
+        sampler: the algorithm's knobs.
+        seeds: a result each, all in one batch.
+        device: cpu, cuda, …
+    """
+
+    prior: Prior
+    image: str
+    out: str
+    prompt: str
+    sampler: DreamSampler
+    seeds: list[int] = field(default_factory=lambda: [0])
+    device: str = "cpu"
+
+    @abstractmethod
+    def check(self) -> None:
+        """Read the files and refuse what cannot work, before any weights are loaded.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file or key.
+        """
+
+    @abstractmethod
+    def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
+        """The results, (seeds, 3, H, W), and other images by name, each (3, H, W)."""
+
+    def base_prompt(self) -> str:
+        """What guidance leads away from."""
+        return ""
+
+    def results(self, images: Tensor) -> dict[str, Any]:
+        """What is measured on the results."""
+        return {}
+
+    def __call__(self, settings: str) -> None:
+        """Do it and write the files; `settings` is the YAML written beside them."""
+        check_prior(self.prior)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}")
+        self.check()
+        base, target = (
+            self.prior.embed([prompt]).expand(len(self.seeds)).to(self.device)
+            for prompt in (self.base_prompt(), self.prompt)
+        )
+        out = Path(self.out)
+        out.mkdir(parents=True, exist_ok=True)
+        self.prior.to(self.device)
+        images, others = self.sample(base, target)
+        names = {f"result-{s}": x for s, x in zip(self.seeds, images, strict=True)}
+        for name, image in (others | names).items():
+            write_png(out / f"{name}.png", image)
+        results = self.results(images.cpu())
+        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_text(out / "config.yaml", settings)
+        for name, value in results.items():
+            print(f"{name}: {value}")
+        print(f"wrote {out}")
+
+    def generators(self) -> list[torch.Generator]:
+        """One a seed."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
+    def read(self, file: str, size: int) -> Tensor:
+        """The middle square of an image file, (1, 3, size, size) in [-1, 1]."""
+        image = _decode(file)[None]
+        side = min(image.shape[-2:])
+        top, left = ((length - side) // 2 for length in image.shape[-2:])
+        return resize(image[..., top : top + side, left : left + side], size)
+
+
+@dataclass(kw_only=True)
+class Edit(Task):
+    """Invert a photo, then sample it again, guided from the source prompt to the target's.
+
+    Args:
+        prompt: of the result.
+        source_prompt: of the photo: inverted with, and guided away from; '' is the null prompt.
+    """
+
+    source_prompt: str = ""
+    sampler: DreamSampler = field(
+        default_factory=lambda: DreamSampler(steps=50, start=0.8, guidance_scale=5.0)
+    )
+
+    def check(self) -> None:
+        if len(self.seeds) > 1 and self.sampler.eta == 0:
+            raise ValueError("seeds differ only by fresh noise: give one, or sampler.eta above 0")
+        self.photo = self.read(self.image, self.prior.image_size)
+
+    def base_prompt(self) -> str:
+        return self.source_prompt
+
+    def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
+        count = len(self.seeds)
+        photo = self.photo.to(self.device).repeat(count, 1, 1, 1)
+        with torch.no_grad():
+            z = self.prior.encode(photo)
+        eps = self.sampler.invert(self.prior, z, base, partial(tqdm, desc="inverting"))
+        canvas = Canvas(self.prior, z)
+        track = partial(tqdm, desc="sampling")
+        self.sampler(self.prior, canvas, base, target, self.generators(), eps, track=track)
+        with torch.no_grad():
+            return canvas(), {"source": photo[0]}
+
+
+@dataclass(kw_only=True)
+class InverseProblem(Task):
+    """What the inverse problems share: y = A x + noise, R = ‖y − A g(ψ)‖².
+
+    λ = γ λ_DC / ((1 − γ) λ_SDS) and ζ must keep ζ (1 + 2 λ ‖A‖²) below 2, or the steps diverge.
+
+    Args:
+        measured: the image is the measurement y already; else it is the original, which is
+            degraded first and compared with in the end (PSNR).
+        noise: deviation of the noise added to the degraded image, whose range is [-1, 1].
+        prompt: of the original; '' is none. With one, set sampler.guidance_scale to 1 or above.
+        gamma: γ in [0, 1), the data's share.
+        lambda_dc: λ_DC; None is 1/‖A‖²: 1, or factor² for super-resolution.
+        lambda_sds: λ_SDS.
+    """
+
+    measured: bool = False
+    noise: float = 0.0
+    prompt: str = ""
+    gamma: float = 0.9
+    lambda_dc: float | None = None
+    lambda_sds: float = 1.0
+    sampler: DreamSampler = field(
+        default_factory=lambda: DreamSampler(steps=50, eta=1.0, step_size=0.1, inner_steps=10)
+    )
+
+    @abstractmethod
+    def operator(self, size: int) -> Any:
+        """A of images of size x size, an `lmc.dreamsampler.Operator` with its `squared_norm`.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+
+    def measured_size(self, size: int) -> int:
+        """The side of a measurement of an image of size x size."""
+        return size
+
+    def check(self) -> None:
+        if self.noise < 0:
+            raise ValueError(f"noise must not be negative, got {self.noise}")
+        if self.measured and self.noise:
+            raise ValueError("noise is for an original to be degraded: leave it 0 if measured")
+        size = self.prior.image_size
+        self.a = self.operator(size)
+        scale = 1 / self.a.squared_norm if self.lambda_dc is None else self.lambda_dc
+        self.weight = data_weight(self.gamma, scale, self.lambda_sds)
+        longest = 2 / (1 + 2 * self.weight * self.a.squared_norm)
+        if self.sampler.step_size >= longest:
+            raise ValueError(
+                f"sampler.step_size {self.sampler.step_size} diverges with λ = {self.weight:.3g}: "
+                f"it must be below {longest:.3g}"
+            )
+        self.original = None if self.measured else self.read(self.image, size)
+        if self.original is None:
+            self.y = self.read(self.image, self.measured_size(size))
+        else:
+            y = self.a(self.original)
+            generator = torch.Generator().manual_seed(MEASUREMENT_SEED)
+            self.y = y + self.noise * torch.randn(y.shape, generator=generator)
+
+    def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
+        size = self.prior.image_size
+        grey = torch.zeros(len(self.seeds), 3, size, size, device=self.device)
+        with torch.no_grad():
+            canvas = Canvas(self.prior, self.prior.encode(grey))
+        penalty = DataConsistency(self.a, self.y.to(self.device), self.weight)
+        self.sampler(
+            self.prior,
+            canvas,
+            base,
+            target,
+            self.generators(),
+            penalty=penalty,
+            track=partial(tqdm, desc="sampling"),
+        )
+        others = {"measurement": self.y[0]}
+        if self.original is not None:
+            others["original"] = self.original[0]
+        with torch.no_grad():
+            return canvas(), others
+
+    def results(self, images: Tensor) -> dict[str, Any]:
+        """PSNR in dB over the whole image, of the measurement (bicubic where small) and results."""
+        if self.original is None:
+            return {}
+        size = self.original.shape[-2:]
+        y = F.interpolate(self.y, size, mode="bicubic") if self.y.shape[-2:] != size else self.y
+        return {
+            "measurement_psnr": psnr(y, self.original),
+            "result_psnr": [psnr(image[None], self.original) for image in images],
+        }
+
+
+@dataclass(kw_only=True)
+class Inpaint(InverseProblem):
+    """Fill in what a mask marks.
+
+    Args:
+        mask: image file of the image's size; white is to be filled in, black is kept.
+    """
+
+    mask: str
+
+    def operator(self, size: int) -> Inpainting:
+        sizes = [tuple(_decode(file).shape[-2:]) for file in (self.image, self.mask)]
+        if sizes[0] != sizes[1]:
+            (h, w), (mask_h, mask_w) = sizes
+            raise ValueError(
+                f"mask {self.mask} is {mask_w} x {mask_h} pixels, image {self.image} {w} x {h}: "
+                "they must be of one size"
+            )
+        # Known is only what no white pixel was resized into.
+        unknown = self.read(self.mask, size)[0].mean(0) > -0.99
+        if not unknown.any():
+            raise ValueError(f"mask {self.mask} has no white to be filled in")
+        return Inpainting(~unknown)
+
+
+@dataclass(kw_only=True)
+class SuperResolve(InverseProblem):
+    """Find an image whose average pooling is the small one.
+
+    Args:
+        factor: between the sides of the result, which has the prior's resolution, and of y.
+    """
+
+    factor: int = 4
+
+    def operator(self, size: int) -> AveragePooling:
+        check_factor(self.factor, size, size)
+        return AveragePooling(self.factor)
+
+    def measured_size(self, size: int) -> int:
+        return size // self.factor
+
+
+@dataclass(kw_only=True)
+class Deblur(InverseProblem):
+    """Find an image whose gaussian blur is the one given.
+
+    Args:
+        sigma: of the blur, in pixels at the prior's resolution.
+    """
+
+    sigma: float = 1.5
+
+    def operator(self, size: int) -> GaussianBlur:
+        if not self.sigma > 0 or math.ceil(3 * self.sigma) >= size:
+            raise ValueError(
+                f"sigma must be positive and a third of the image's {size} pixels at most, "
+                f"got {self.sigma}"
+            )
+        return GaussianBlur(self.sigma)
+
+
+TASKS: dict[str, type[Task]] = {
+    "edit": Edit,
+    "inpaint": Inpaint,
+    "super_resolve": SuperResolve,
+    "deblur": Deblur,
+}
+
+
+def psnr(image: Tensor, original: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, of `image` clipped to [-1, 1]."""
+    return round(peak_signal_noise_ratio(image.clamp(-1, 1), original, data_range=2.0).item(), 2)
+
+
+def write_png(file: Path, image: Tensor) -> None:
+    """(3, H, W) in [-1, 1] as a PNG, whole or not at all."""
+    partial_file = file.with_suffix(".partial")
+    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(partial_file, "png")
+    os.replace(partial_file, file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """The same of a text."""
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(text)
+    os.replace(partial_file, file)
+
+
+def parser() -> jsonargparse.ArgumentParser:
+    """The command line of `lmc dreamsampler`."""
+    main = jsonargparse.ArgumentParser(prog="lmc dreamsampler", description=__doc__)
+    commands = main.add_subcommands(metavar="TASK")
+    for name, task in TASKS.items():
+        commands.add_subcommand(name, task_parser(task))
+    return main
+
+
+def task_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
+    """The keys of one task."""
+    one = jsonargparse.ArgumentParser(description=(task.__doc__ or "").splitlines()[0])
+    one.add_argument("--config", action="config", help="YAML of these keys")
+    one.add_class_arguments(task)
+    return one
+
+
+def main(args: Sequence[str]) -> None:
+    """Run a task.
+
+    Raises:
+        OSError, ValueError: bad input, in one line.
+    """
+    given = parser().parse_args(list(args))
+    task, config = TASKS[given.subcommand], given[given.subcommand]
+    config.pop("config")
+    keys: Any = task_parser(task)
+    # Renamed in jsonargparse 4.49.
+    instantiate = getattr(keys, "instantiate", None) or keys.instantiate_classes
+    task(**{k: v for k, v in instantiate(config).items() if k != "config"})(keys.dump(config))
+
+
+def _decode(file: str) -> Tensor:
+    """An image file, (3, H, W) in [-1, 1]."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    return decode_image(Path(file).read_bytes(), file)

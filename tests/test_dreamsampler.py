@@ -1,0 +1,450 @@
+"""DreamSampler against closed forms and diffusers' DDIM; its command line on a tiny pipeline."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from scipy.ndimage import gaussian_filter
+from torch import Tensor, nn
+
+from lmc.cli import main
+from lmc.dreamsampler import (
+    AveragePooling,
+    Canvas,
+    DataConsistency,
+    DreamSampler,
+    GaussianBlur,
+    Inpainting,
+    data_weight,
+    mix_noise,
+    posterior_deviation,
+)
+from lmc.priors import DiffusersPrior
+from lmc.schedule import FlowSchedule, Schedule
+
+import worlds
+from gaussian import GaussianPrior, cosine_alphas_cumprod, power_spectrum, small_prior
+
+SIZE = 8
+
+
+def generators(count: int, first: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(first + i) for i in range(count)]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sample(prior, sampler: DreamSampler, z: Tensor, target: str = "", **more) -> Tensor:
+    """What becomes of z itself as the parameters."""
+    canvas = Canvas(prior, z)
+    base, goal = (prior.embed([prompt]).expand(len(z)) for prompt in ("", target))
+    sampler(prior, canvas, base, goal, generators(len(z)), **more)
+    return canvas.z.detach()
+
+
+class Linear(nn.Module):
+    """An image as a linear function of few parameters, and another parameter that is frozen."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.basis = draw(5, 3 * side * side, seed=1) / 20
+        self.side, self.offset = side, nn.Parameter(torch.ones(1).double(), requires_grad=False)
+        self.psi = nn.Parameter(draw(1, 5, seed=2))
+
+    def forward(self) -> Tensor:
+        return (self.psi @ self.basis).view(1, 3, self.side, self.side) + self.offset
+
+
+def coefficients(prior, time: float) -> tuple[Tensor, Tensor]:
+    return prior.schedule.coefficients(torch.tensor([time], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_the_mixed_noise_has_unit_variance(eta):
+    schedule = Schedule(cosine_alphas_cumprod())
+    times = torch.linspace(0.98, 0.02, 49, dtype=torch.float64)
+    alpha, sigma = schedule.coefficients(times)
+    deviation = eta * posterior_deviation(alpha[:-1], alpha[1:])
+    one, zero = torch.ones(()).double(), torch.zeros(()).double()
+    of_eps_hat = mix_noise(one, zero, sigma[1:], deviation)
+    of_eps = mix_noise(zero, one, sigma[1:], deviation)
+    torch.testing.assert_close(of_eps_hat**2 + of_eps**2, torch.ones(48, 1, 1, 1).double())
+    assert (of_eps > 0).all() == (eta > 0)
+    e = mix_noise(draw(20_000), draw(20_000, seed=1), sigma[20], deviation[19])
+    assert e.std().item() == pytest.approx(1, abs=0.02)
+    # DDPM's posterior, from the product of the two gaussians q(z_u | z_t) q(z_t | z).
+    bar_u, bar_t = alpha[:-1] ** 2, alpha[1:] ** 2
+    step = bar_u / bar_t
+    expected = (step / (1 - step) + 1 / (1 - bar_t)) ** -0.5
+    torch.testing.assert_close(posterior_deviation(alpha[:-1], alpha[1:]), expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 3.0])
+def test_the_gradient_is_the_difference_of_noises(guidance_scale):
+    """One step: ψ moves by −ζ (sigma_t/alpha_t)(eps_hat − e) ∂z/∂ψ, with e the noise given."""
+    prior, renderer, e = small_prior(SIZE), Linear(SIZE), draw(1, 3, SIZE, SIZE)
+    psi, z, start = renderer.psi.detach().clone(), renderer().detach(), 0.6
+    alpha, sigma = coefficients(prior, start)
+    t = torch.tensor([start]).double()
+    (null, _), (dog, _) = (
+        prior.predict(alpha * z + sigma * e, t, prior.embed([p])) for p in ("", "dog")
+    )
+    gradient = sigma / alpha * (null + guidance_scale * (dog - null) - e)
+    sampler = DreamSampler(1, start, guidance_scale, step_size=0.1)
+    base, target = prior.embed([""]), prior.embed(["dog"])
+    sampler(prior, renderer, base, target, generators(1), e)
+    expected = psi - 0.1 * gradient.flatten(1) @ renderer.basis.T
+    torch.testing.assert_close(renderer.psi.detach(), expected)
+    assert renderer.offset.item() == 1 and renderer.offset.grad is None
+
+
+def test_a_step_goes_towards_the_denoised_image():
+    """By ζ of the way; n steps towards one z_hat by 1 − (1 − ζ)^n."""
+    prior, e = small_prior(SIZE), draw(1, 3, SIZE, SIZE)
+    z = prior.sample(1, "cat", generators(1)[0])
+    alpha, sigma = coefficients(prior, 0.6)
+    _, z_hat = prior.predict(
+        alpha * z + sigma * e, torch.tensor([0.6]).double(), prior.embed(["dog"])
+    )
+    for steps, share in ((1, 0.2), (3, 1 - 0.8**3)):
+        sampler = DreamSampler(1, 0.6, step_size=0.2, inner_steps=steps)
+        moved = sample(prior, sampler, z, "dog", eps=e)
+        torch.testing.assert_close(moved, z + share * (z_hat - z))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_without_penalty_it_is_ddim(eta):
+    """ζ = 1, λ = 0, z as the parameters: diffusers' DDIM with the same noise; η = 1 is DDPM."""
+    prior, steps = small_prior(SIZE), 49
+    scheduler = DDIMScheduler(
+        trained_betas=np.diff(1 - np.append(1, prior.schedule.alphas_cumprod))
+        / np.append(1, prior.schedule.alphas_cumprod)[:-1],
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(50)  # 980, 960, …, 20, 0
+    scheduler.alphas_cumprod = prior.schedule.alphas_cumprod
+    rng, null = generators(1)[0], prior.embed([""])
+    x = torch.randn(3, SIZE, SIZE, generator=rng, dtype=torch.float64)[None]
+    alpha, sigma = coefficients(prior, 0.98)
+    start = prior.sample(1, "", torch.Generator().manual_seed(5))
+    x = alpha * start + sigma * x
+    for timestep in scheduler.timesteps[:steps]:
+        eps, _ = prior.predict(x, timestep[None].double() / 1000, null)
+        noise = torch.randn(3, SIZE, SIZE, generator=rng, dtype=torch.float64)[None]
+        given = {"eta": eta, "variance_noise": noise} if eta else {}
+        out = scheduler.step(eps, timestep, x, **given)
+        x = out.prev_sample
+    sampled = sample(prior, DreamSampler(steps, 0.98, eta=eta), start)
+    torch.testing.assert_close(sampled, out.pred_original_sample, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "each"), [(0.0, 1), (1.0, 1), (3.0, 2)])
+def test_evaluations(scale, each):
+    prior = small_prior(SIZE)
+    z = prior.sample(2, "cat", generators(1)[0])
+    sample(prior, DreamSampler(5, guidance_scale=scale, inner_steps=3), z, "dog")
+    assert (prior.calls, prior.evaluations) == (5, 5 * each * 2)
+    prior.calls = prior.evaluations = 0
+    DreamSampler(5, guidance_scale=scale).invert(prior, z, prior.embed(["", ""]))
+    assert (prior.calls, prior.evaluations) == (5, 5 * 2)
+
+
+def test_null_edits_come_back_to_the_source():
+    """Nearer with more steps, whatever ω, while another prompt goes to its own images."""
+    prior = small_prior(SIZE)
+    z = prior.sample(2, "", generators(1)[0])
+    for scale in (0.0, 4.0):
+        errors = []
+        for steps in (5, 20, 80):
+            sampler = DreamSampler(steps, 0.8, guidance_scale=scale)
+            eps = sampler.invert(prior, z, prior.embed(["", ""]))
+            errors.append((sample(prior, sampler, z, "", eps=eps) - z).square().mean().item())
+        assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    sampler = DreamSampler(80, 0.8, guidance_scale=1.0)
+    eps = sampler.invert(prior, z, prior.embed(["", ""]))
+    moved = sample(prior, sampler, z, "dog", eps=eps) - z
+    dog = prior.means["dog"]
+    assert (moved * dog).sum((1, 2, 3)).min() > 0.5 * dog.square().sum()
+
+
+def test_inversion_follows_the_probability_flow():
+    """One step is the prediction at t = 0; many come near the gaussian's own flow.
+
+    Each frequency's z_t / √(alpha_t² S + sigma_t²) is constant on it (the means are 0).
+    """
+    prior = small_prior(SIZE)
+    z, null = prior.sample(2, "", generators(1)[0]), prior.embed(["", ""])
+    at_zero, _ = prior.predict(z, torch.zeros(2).double(), null)
+    torch.testing.assert_close(DreamSampler(1, 0.8).invert(prior, z, null), at_zero)
+    alpha, sigma = coefficients(prior, 0.8)
+    spread = ((alpha**2 * prior.spectrum + sigma**2) / prior.spectrum).sqrt()
+    z_t = torch.fft.ifft2(spread * torch.fft.fft2(z)).real
+    eps = DreamSampler(400, 0.8).invert(prior, z, null)
+    assert (eps - (z_t - alpha * z) / sigma).abs().max() < 0.02
+
+
+def test_an_image_depends_on_its_own_generator_alone():
+    prior = small_prior(SIZE)
+    z = torch.zeros(3, 3, SIZE, SIZE).double()
+    sampler = DreamSampler(4, eta=1.0)
+    together = sample(prior, sampler, z)
+    torch.testing.assert_close(sample(prior, sampler, z[:1]), together[:1])
+    assert (together[0] - together[1]).abs().max() > 0.1
+    with pytest.raises(ValueError, match="3 images need as many generators, got 1"):
+        sampler(prior, Canvas(prior, z), *[prior.embed([""] * 3)] * 2, generators(1))
+
+
+MASK = torch.ones(SIZE, SIZE, dtype=torch.bool)
+MASK[2:5, 3:6] = False
+OPERATORS = {
+    "inpainting": Inpainting(MASK),
+    "pooling": AveragePooling(2),
+    "blur": GaussianBlur(0.8),
+}
+
+
+def matrix(operator) -> Tensor:
+    """A of one channel, by what it makes of each pixel alone: (measurements, SIZE²)."""
+    pixels = torch.eye(SIZE * SIZE, dtype=torch.float64).view(-1, 1, SIZE, SIZE)
+    return operator(pixels).flatten(1).T
+
+
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_operators(name):
+    """Against numpy and scipy; the bound on the norm; the gradient is 2 λ Aᵀ (A x − y)."""
+    operator, x = OPERATORS[name], draw(2, 3, SIZE, SIZE)
+    expected = {
+        "inpainting": lambda: np.where(MASK, x, 0),
+        "pooling": lambda: x.numpy().reshape(2, 3, 4, 2, 4, 2).mean((3, 5)),
+        "blur": lambda: gaussian_filter(x.numpy(), 0.8, mode="reflect", radius=3, axes=(2, 3)),
+    }[name]()
+    torch.testing.assert_close(operator(x), torch.from_numpy(expected))
+    a = matrix(operator)
+    norm = torch.linalg.matrix_norm(a, 2).item() ** 2
+    assert norm == pytest.approx(operator.squared_norm, rel=1e-6)
+    y = operator(draw(1, 3, SIZE, SIZE, seed=1))
+    x.requires_grad_()
+    penalty = DataConsistency(operator, y, 0.7)
+    (gradient,) = torch.autograd.grad(penalty(x).sum(), x)
+    residual = (operator(x) - y).detach().flatten(2)
+    torch.testing.assert_close(gradient.flatten(2), 1.4 * residual @ a)
+    torch.testing.assert_close(penalty(x).detach(), 0.7 * residual.square().sum((1, 2)))
+
+
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_inverse_problems_against_the_posterior_mean(name):
+    """The data is met better and better, and the mean result is near E[z | y]."""
+    prior = GaussianPrior({"": torch.zeros(3, SIZE, SIZE).double()}, power_spectrum(SIZE))
+    operator = OPERATORS[name]
+    truth = prior.sample(1, "", torch.Generator().manual_seed(9))
+    y = operator(truth)
+    a, pixels = matrix(operator), torch.eye(SIZE * SIZE, dtype=torch.float64)
+    coloured = torch.fft.fft2(pixels.view(-1, SIZE, SIZE)) * prior.spectrum
+    covariance = torch.fft.ifft2(coloured).real.flatten(1)
+    inner = a @ covariance @ a.T + 1e-6 * torch.eye(len(a)).double()
+    # Pixels that are not measured have rows of zeros, which the 1e-6 keeps invertible.
+    posterior = (covariance @ a.T @ torch.linalg.solve(inner, y.flatten(2).mT)).mT
+    posterior = posterior.view(1, 3, SIZE, SIZE)
+
+    weight = data_weight(0.9, 1 / operator.squared_norm)
+    penalty = DataConsistency(operator, y, weight)
+    sampler = DreamSampler(50, eta=1.0, step_size=0.1, inner_steps=10)
+    grey = torch.zeros(64, 3, SIZE, SIZE).double()
+    found = sample(prior, sampler, grey, penalty=penalty)
+    assert (penalty(found) < 0.02 * penalty(grey)).all()
+    start = torch.nn.functional.interpolate(y, (SIZE, SIZE)) if name == "pooling" else y
+
+    def distance(image: Tensor) -> float:
+        return (image - posterior).square().mean().item()
+
+    assert distance(found.mean(0, keepdim=True)) < 0.5 * distance(start)
+    without = sample(prior, sampler, grey).mean(0, keepdim=True)
+    assert distance(found.mean(0, keepdim=True)) < 0.5 * distance(without)
+    assert (found - found.mean(0)).square().mean() > 1e-3, "they differ"
+
+
+def test_the_penalty_enters_with_its_weight():
+    """One step from z: −ζ [(z − z_hat) + 2 λ Aᵀ(A z − y)]."""
+    prior, e, operator = small_prior(SIZE), draw(1, 3, SIZE, SIZE), OPERATORS["blur"]
+    z, y = draw(1, 3, SIZE, SIZE, seed=1), draw(1, 3, SIZE, SIZE, seed=2)
+    sampler = DreamSampler(1, 0.5, step_size=0.01)
+    without = sample(prior, sampler, z, eps=e)
+    with_it = sample(prior, sampler, z, eps=e, penalty=DataConsistency(operator, y, 3.0))
+    residual = (operator(z) - y).flatten(2)
+    step = (0.06 * residual @ matrix(operator)).view_as(z)
+    torch.testing.assert_close(with_it, without - step)
+
+
+def test_any_renderer_and_a_nonlinear_operator(family_folder):
+    """Of another size than the prior's, through a VAE; latents too, decoded for the penalty."""
+    prior = DiffusersPrior(str(family_folder("sd15")))
+    null = prior.embed([""])
+    prior.to("cpu")
+
+    def squashed(image: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(image, 4).tanh()
+
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.colours = nn.Parameter(torch.zeros(1, 3, 4, 4))
+
+        def forward(self) -> Tensor:
+            return nn.functional.interpolate(self.colours, (48, 48), mode="bilinear")
+
+    with torch.no_grad():
+        z = prior.encode(torch.zeros(1, 3, 32, 32))
+        y = squashed(prior.decode(draw(*z.shape).float()))
+    penalty = DataConsistency(squashed, y, 100.0)
+    for renderers in ((Field(), Field()), (Canvas(prior, z), Canvas(prior, z))):
+        for renderer, given in zip(renderers, (None, penalty), strict=True):
+            DreamSampler(3, 0.5, step_size=1e-3, inner_steps=10)(
+                prior, renderer, null, null, generators(1), penalty=given
+            )
+        without, with_it = (penalty(renderer()).item() for renderer in renderers)
+        assert with_it < 0.8 * without
+
+
+def test_what_is_refused():
+    prior, z = small_prior(SIZE), torch.zeros(1, 3, SIZE, SIZE).double()
+    for knob, value, message in (
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("inner_steps", 0, "inner_steps must be at least 1"),
+        ("start", 1.0, "start must be a time between 0 and 1"),
+        ("guidance_scale", -1.0, "guidance_scale must not be negative, got -1"),
+        ("eta", 1.5, r"eta must be in \[0, 1\]"),
+        ("step_size", 0.0, "step_size must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DreamSampler(**{knob: value})
+    with pytest.raises(ValueError, match="not finite any more"):
+        sample(prior, DreamSampler(50, step_size=1e12, inner_steps=50), z)
+    with pytest.raises(ValueError, match="the factor 3 does not divide an image of 8 x 8"):
+        AveragePooling(3)(z)
+    with pytest.raises(ValueError, match=r"is \(3, 8, 8\), the operator gives \(3, 4, 4\)"):
+        DataConsistency(AveragePooling(2), z, 1.0)(z)
+    for knobs in ((1.0, 1.0, 1.0), (0.5, -1.0, 1.0), (0.5, 1.0, 0.0)):
+        with pytest.raises(ValueError):
+            data_weight(*knobs)
+    assert data_weight(0.8, 3.0, 2.0) == pytest.approx(0.8 * 3 / (0.2 * 2))
+    prior.schedule = FlowSchedule()
+    with pytest.raises(ValueError, match="GaussianPrior is a flow prior"):
+        sample(prior, DreamSampler(1), z)
+    with pytest.raises(ValueError, match="GaussianPrior is a flow prior"):
+        DreamSampler(1).invert(prior, z, prior.embed([""]))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A wide photo, masks of its and another size and an empty one, a small and a broken file."""
+    pixels = draw(3, 16, 20).float().clamp(-1, 1)
+    half = -torch.ones(3, 16, 20)
+    half[:, 4:12, 6:12] = 1
+    images = {
+        "photo": pixels,
+        "mask": half,
+        "other": half[:, :, :16],
+        "empty": -torch.ones(3, 16, 20),
+        "small": pixels[:, :4, :4],
+    }
+    paths = {name: tmp_path / f"{name}.png" for name in (*images, "broken")}
+    for name, image in images.items():
+        paths[name].write_bytes(worlds.png(image))
+    paths["broken"].write_bytes(b"no image")
+    return paths
+
+
+def arguments(prior: Path, task: str, image: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("dreamsampler", task, "--prior=lmc.priors.DiffusersPrior"),
+        f"--prior.init_args.pretrained={prior}",
+        *(f"--image={image}", f"--out={out}", "--sampler.steps=3", *more),
+    ]
+
+
+def test_commands(tiny_prior_folder, files, tmp_path, capsys):
+    """Each writes its pictures and numbers, and its own config.yaml gives the same again."""
+    for task, more in {
+        "edit": ["--prompt=a photo of a dog", "--source_prompt=a cat", "--sampler.eta=0.5"],
+        "inpaint": [f"--mask={files['mask']}", "--noise=0.1"],
+        "super_resolve": ["--prompt=a cat", "--sampler.guidance_scale=2"],
+        "deblur": ["--sigma=1"],
+    }.items():
+        out, again = tmp_path / task, tmp_path / f"{task}-again"
+        main(arguments(tiny_prior_folder, task, files["photo"], out, "--seeds=[3,5]", *more))
+        beside = ["source"] if task == "edit" else ["measurement", "original"]
+        pictures = {f"{name}.png" for name in (*beside, "result-3", "result-5")}
+        assert {path.name for path in out.iterdir()} == {*pictures, "config.yaml", "results.json"}
+        printed = capsys.readouterr()
+        assert "3/3" in printed.err and "sampling" in printed.err
+        results = json.loads((out / "results.json").read_text())
+        assert len(results.get("result_psnr", [])) == (0 if task == "edit" else 2)
+        assert ("measurement_psnr" in printed.out) == (task != "edit")
+        main(["dreamsampler", task, f"--config={out}/config.yaml", f"--out={again}"])
+        for name in pictures:
+            assert (out / name).read_bytes() == (again / name).read_bytes()
+        assert (out / "result-3.png").read_bytes() != (out / "result-5.png").read_bytes()
+
+
+def test_a_measurement_of_ones_own(tiny_prior_folder, files, tmp_path, capsys):
+    """The photo is not degraded, and there is nothing to compare with."""
+    out = tmp_path / "out"
+    more = ("--measured=true", "--factor=4")
+    main(arguments(tiny_prior_folder, "super_resolve", files["small"], out, *more))
+    assert (out / "measurement.png").read_bytes() == files["small"].read_bytes()
+    assert "psnr" not in capsys.readouterr().out and not (out / "original.png").exists()
+
+
+def test_print_config(tiny_prior_folder, files, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(tiny_prior_folder, "deblur", files["photo"], Path("x"), "--print_config"))
+    assert caught.value.code == 0 and "inner_steps: 10" in capsys.readouterr().out
+
+
+def test_bad_input_is_found_before_weights_are_loaded(
+    tiny_prior_folder, family_folder, files, tmp_path, monkeypatch
+):
+    def load(*_: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(DiffusersPrior, "_load", load)
+    monkeypatch.setattr(DiffusersPrior, "_encode_text", load)
+
+    def message(task: str, *more: str, image: str = "photo", prior=tiny_prior_folder) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments(prior, task, files[image], tmp_path / "out", *more))
+        line = caught.value.code
+        assert isinstance(line, str) and line.startswith("lmc: ") and "\n" not in line
+        assert not (tmp_path / "out").exists()
+        return line
+
+    def mask(name: str) -> str:
+        return f"--mask={files[name]}"
+
+    edit = ("edit", "--prompt=a dog")
+    assert "broken.png" in message(*edit, image="broken")
+    assert "no such file: gone.png" in message(*edit, "--image=gone.png")
+    assert "16 x 16 pixels, image" in message("inpaint", mask("other"))
+    assert "no white" in message("inpaint", mask("empty"))
+    assert "broken.png" in message("inpaint", mask("broken"))
+    assert "guidance_scale must not be negative" in message(*edit, "--sampler.guidance_scale=-1")
+    assert "steps must be at least 1" in message(*edit, "--sampler.steps=0")
+    assert "factor 5 does not divide" in message("super_resolve", "--factor=5")
+    assert "factor 0 does not" in message("super_resolve", "--factor=0")
+    assert "sigma must be positive" in message("deblur", "--sigma=0")
+    assert "a third" in message("deblur", "--sigma=9")
+    assert "it must be below 0.105" in message("deblur", "--sampler.step_size=0.2")
+    assert "noise must not be negative" in message("deblur", "--noise=-1")
+    assert "leave it 0 if measured" in message("deblur", "--noise=1", "--measured=true")
+    assert "gamma must be in [0, 1)" in message("deblur", "--gamma=1")
+    assert "seeds differ only by fresh noise" in message(*edit, "--seeds=[0,1]")
+    assert "seeds must be different" in message("deblur", "--seeds=[1,1]")
+    flow = family_folder("sd35")
+    assert f"{flow} is a flow prior" in message(*edit, prior=flow)
+    classes = family_folder("dit")
+    assert "no class 'a dog'" in message(*edit, prior=classes)
