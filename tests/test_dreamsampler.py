@@ -1,6 +1,7 @@
 """DreamSampler against closed forms and diffusers' DDIM; its command line on a tiny pipeline."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers import DDIMScheduler
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+import lmc.cli.dreamsampler
 from lmc.cli import main
 from lmc.dreamsampler import (
     AveragePooling,
@@ -448,3 +450,12 @@ def test_bad_input_is_found_before_weights_are_loaded(
     assert f"{flow} is a flow prior" in message(*edit, prior=flow)
     classes = family_folder("dit")
     assert "no class 'a dog'" in message(*edit, prior=classes)
+
+
+def test_the_config_opens_with_a_command_that_takes_it():
+    file = Path(__file__).parents[1] / "configs" / "image" / "demo-dreamsampler.yaml"
+    header = file.read_text().splitlines()[1]
+    _, _, _, command, *args = shlex.split(header)
+    args[args.index("--config") + 1] = str(file)
+    given = lmc.cli.dreamsampler.parser().parse_args([command, *args])
+    assert given.edit.sampler.steps == 50 and given.edit.prior.class_path.endswith("DiffusersPrior")
