@@ -60,7 +60,7 @@ class Pixels(nn.Module):
 class Latents(nn.Module):
     """z of a latent prior; the loss sees z itself, and the VAE decodes the result alone.
 
-    Valid for whole images only: `Synthesis.whole_steps` must be all steps.
+    The loss sees whole images at every step, whatever `Synthesis.whole_steps` says.
 
     Args:
         prior: whose z it is.
@@ -105,14 +105,16 @@ class Synthesis:
     Attributes:
         steps: of Adam.
         whole_steps: the first of them, in which the loss sees the whole image, resized to the
-            prior's size; of an image that is not square, its centred square.
+            prior's size; of an image that is not square, its centred square. More than `steps`
+            are all of them.
         patches: random patches a step after that.
         patch_range: smallest and largest side of a patch, which is resized to the prior's size;
             None: from the prior's image_size, or the image's shorter side if that is less, to the
             image's shorter side.
         lr: Adam's learning rate.
         lr_end: the share of it that is left at the end.
-        decay_steps: the last steps, over which the rate falls, along half a cosine.
+        decay_steps: the last steps, over which the rate falls, along half a cosine. More than
+            `steps` are all of them.
         l2_weight: of ‖image − source‖².
 
     Raises:
@@ -133,8 +135,7 @@ class Synthesis:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("whole_steps", "decay_steps"):
-            if getattr(self, name) > self.steps:
-                raise ValueError(f"{name} {getattr(self, name)} are more than steps {self.steps}")
+            object.__setattr__(self, name, min(getattr(self, name), self.steps))  # frozen
         if self.lr <= 0 or self.lr_end < 0 or self.l2_weight < 0:
             raise ValueError(
                 f"lr must be above 0, lr_end and l2_weight not negative, got {self.lr}, "
@@ -236,8 +237,8 @@ def optimize(
 
     Raises:
         ValueError: the numbers of prompts, seeds and images differ; a source is missing or of
-            another size; patches larger than the image; latents and patches; an unknown prompt of a
-            class-conditional prior: all before any weights are loaded. Or see `loss.prepare`.
+            another size; patches larger than the image; an unknown prompt of a class-conditional
+            prior: all before any weights are loaded. Or see `loss.prepare`.
         FloatingPointError: a gradient is not finite; names the step, the loss, t and the seed.
     """
     task = _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
@@ -316,10 +317,7 @@ class _Task:
         self.z_source: Tensor | None = None  # for latents
         if isinstance(renderer, Latents):
             shape: Sequence[int] = renderer.image.shape
-            if settings.whole_steps < settings.steps:
-                raise ValueError(
-                    f"latents have no patches: set whole_steps to steps, {settings.steps}"
-                )
+            settings = self.settings = replace(settings, whole_steps=settings.steps)
         else:
             with torch.no_grad():
                 shape = renderer().shape

@@ -148,8 +148,6 @@ def test_latents_are_a_parametrisation(family_folder, synthesize, tmp_path):
     folder = family_folder("sd15")
     size = DiffusersPrior(str(folder)).image_size
     args = [*synthesize, f"--prior.pretrained={folder}", "--parametrisation=latents"]
-    assert "set whole_steps to steps" in error(*args, f"--size={size}")
-    args += ["--settings.whole_steps=4"]
     assert f"{size} x {size} pixels" in error(*args)
     main([*args, f"--size={size}"])
     assert read(tmp_path / "out" / "seed-0.png").shape == (3, size, size)
@@ -171,9 +169,6 @@ def test_bad_input_of_synthesis_and_editing(synthesize, edit, world, tmp_path, f
     assert "size must be at least 8" in error(*synthesize, "--size=4")
     assert "has none" in error(*synthesize, "--parametrisation=latents")
     assert "--sede" in error(*synthesize, "--sede=1")
-    assert "more than steps 3" in error(
-        *synthesize, "--settings.whole_steps=9", "--settings.steps=3"
-    )
     assert "source prompt" in error(*edit)
     assert "no such image" in error(*edit, "--image=none.png")
     broken = tmp_path / "broken.png"
