@@ -56,7 +56,7 @@ def translate(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from lmc.images import decode_image, resize, to_uint8
+    from lmc.images import decode_image, middle_square, to_uint8
 
     translator = _translator(args.translator).to(args.device)
     targets = args.to or translator.classes
@@ -72,9 +72,7 @@ def translate(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files, 1):
         image = decode_image(file.read_bytes(), str(file))
-        side = min(image.shape[1:])
-        top, left = ((length - side) // 2 for length in image.shape[1:])
-        image = resize(image[None, :, top : top + side, left : left + side], translator.image_size)
+        image = middle_square(image[None], translator.image_size)
         with torch.no_grad():
             outputs = translator(image.expand(len(ids), -1, -1, -1).to(args.device), ids)
         for target, output in zip(targets, to_uint8(outputs).cpu(), strict=True):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmc.images import decode_image, resize, to_uint8
+from lmc.images import decode_image, middle_square, to_uint8
 from lmc.losses import LMC, ScoreDistillation
 from lmc.optimize import (
     Comparison,
@@ -304,7 +304,7 @@ def edit_list(
         device: cpu, cuda, …
     """
     edits = read_list(list)
-    sources = torch.cat([_middle_square(read_image(Path(e.image)), size) for e in edits])
+    sources = torch.cat([middle_square(read_image(Path(e.image))[None], size) for e in edits])
     specs = parse_specs(losses)
     scales = _numbers(guidance_scales, "guidance_scales", float)
     if batch_size < 1:
@@ -578,7 +578,7 @@ def gradients(
     if out.suffix != ".png":
         raise ValueError(f"out must be a .png to write, got {out}")
     loss = LMC(corrector, guidance_scale, rescale=False)
-    picture = _middle_square(read_image(image), prior.image_size)
+    picture = middle_square(read_image(image)[None], prior.image_size)
     embedding = prior.embed(["", prompt]).to(device)
     loss.prepare(prior, device)
     prior.to(device)
@@ -711,13 +711,6 @@ def _resize_shorter(image: Tensor, size: int) -> Tensor:
 def _scale(image: Tensor, factor: float) -> Tensor:
     size = [round(side * factor) for side in image.shape[-2:]]
     return F.interpolate(image, size, mode="bilinear", antialias=True)
-
-
-def _middle_square(image: Tensor, size: int) -> Tensor:
-    """(3, H, W) to (1, 3, size, size)."""
-    side = min(image.shape[1:])
-    top, left = ((length - side) // 2 for length in image.shape[1:])
-    return resize(image[None, :, top : top + side, left : left + side], size)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
