@@ -160,6 +160,31 @@ def test_fixed_noise_is_an_option_of_the_loss(synthesize, tmp_path):
     assert "fixed_noise: true" in text
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory: lower the batch"),
+        (ImportError("no sentencepiece"), "lmc: no sentencepiece"),
+    ],
+    ids=["memory", "import"],
+)
+def test_what_the_machine_lacks_is_said_in_a_line(synthesize, monkeypatch, raised, said):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", fail)
+    assert said in error(*synthesize)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(synthesize, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(synthesize)
+
+
 def test_bad_input_of_synthesis_and_editing(synthesize, edit, world, tmp_path, family_folder):
     assert "must not be negative" in error(*synthesize, "--loss.guidance_scale=-1")
     assert "patches of 25 pixels are larger" in error(*synthesize, "--settings.patch_range=[16,25]")
@@ -220,11 +245,12 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lmc.cli.image, "optimize", counted)
     args = [*edits, "--batch_size=1", "--seed=7", "--losses=sds,cond"]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as caught:
         main(args)
+    assert caught.value.code == 130  # as of every program that Ctrl-C ends
     first, runs[:] = runs[:], []
     assert first == [("sds", 2, [7]), ("sds", 2, [8]), ("sds", 5, [7])]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         main(args)
     assert runs == [("sds", 5, [8]), ("cond", 2, [7]), ("cond", 2, [8])]
     runs.clear()

@@ -11,6 +11,7 @@ from typing import Any
 from lmc.cli import compare
 
 PROMPT = "a photo of a {}"
+OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
 # Commands with typed options and a configuration file, handed on before argparse reads them.
 IMAGE_COMMANDS = {
     "synthesize": "optimise an image from grey towards a prompt",
@@ -378,7 +379,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends it with one line that says what is wrong."""
+    """Run a command; bad input ends it with one line that says what is wrong, Ctrl-C with 130."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         if args and args[0] in IMAGE_COMMANDS:
@@ -388,5 +389,13 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         given = parser().parse_args(args)
         given.run_command(given)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
         sys.exit(f"lmc: {error}")
+    except RuntimeError as error:
+        from torch import OutOfMemoryError
+
+        if not isinstance(error, OutOfMemoryError):
+            raise
+        sys.exit(f"lmc: {OUT_OF_MEMORY}")
+    except KeyboardInterrupt:
+        sys.exit(130)
