@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lmc.images import resize
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
-from lmc.priors import Prior
+from lmc.priors import Embedding, Prior
 from lmc.schedule import FallingTime, TimeSchedule
 
 Window = tuple[int, int, int]  # top, left and side in pixels of a square part of an image
@@ -298,6 +298,19 @@ def check_task(
     _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
 
 
+def embed(prior: Prior, prompts: Sequence[str], negative: Sequence[str]) -> Embedding:
+    """Embeddings of prompts, then of losses' negative prompts.
+
+    Raises:
+        ValueError: an unknown prompt of a class-conditional prior.
+    """
+    try:
+        return prior.embed([*prompts, *negative])
+    except ValueError as error:
+        prior.embed(prompts)  # where one of these is unknown, that is the error
+        raise ValueError(f"negative prompt: {error}; set negative_prompt to ''") from error
+
+
 class _Task:
     """What `optimize` is given, checked, and what follows from it."""
 
@@ -337,15 +350,14 @@ class _Task:
             if source_prompts is None or len(source_prompts) != self.count:
                 raise ValueError(f"the loss {loss.name!r} needs a source prompt for each image")
             self.prompts += source_prompts
-        if loss.negative_prompt is not None:
-            self.prompts.append(loss.negative_prompt)
+        self.negative = [] if loss.negative_prompt is None else [loss.negative_prompt]
         if settings.whole_steps < settings.steps:
             self.sides = settings.sides(self.height, self.width, prior.image_size)
 
     def load(self, device: torch.device | str) -> None:
         """Load the prior and the loss; everything to `device`."""
         self.device = device
-        self.embedding = self.prior.embed(self.prompts).to(device)
+        self.embedding = embed(self.prior, self.prompts, self.negative).to(device)
         self.loss.prepare(self.prior, device)
         self.prior.to(device)
         self.renderer.to(device)

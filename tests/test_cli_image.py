@@ -199,10 +199,19 @@ def test_bad_input_of_synthesis_and_editing(synthesize, edit, world, tmp_path, f
     broken = tmp_path / "broken.png"
     broken.write_bytes((world / "wide.png").read_bytes()[:200])
     assert str(broken) in error(*edit, f"--image={broken}")
+    classes = [*synthesize, f"--prior.pretrained={family_folder('ddpm')}", "--prompt=3"]
+    assert "no class 'unicorn'" in error(*classes, "--prompt=unicorn")
+    assert error(*classes, "--loss=NFSD").endswith("; set negative_prompt to ''")
     assert not (tmp_path / "out").exists()
-    pixels = family_folder("ddpm")
-    args = [*synthesize, f"--prior.pretrained={pixels}", "--prompt=unicorn"]
-    assert "no class 'unicorn'" in error(*args)
+
+
+def test_a_command_that_failed_late_leaves_its_folder_free(synthesize, tmp_path):
+    failing = [*synthesize, "--loss=SDI", "--time=UniformTime", "--seeds=0,1"]
+    with pytest.raises(SystemExit, match="one t for the whole batch"):
+        main(failing)
+    main([*failing, "--time=FallingTime"])
+    assert (tmp_path / "out" / "seed-1.png").exists()
+    assert "holds another result" in error(*synthesize)
 
 
 def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):

@@ -31,6 +31,7 @@ from lmc.optimize import (
     Renderer,
     Synthesis,
     check_task,
+    embed,
     grey,
     optimize,
 )
@@ -182,7 +183,11 @@ def _optimise_one(
         raise ValueError("parametrisation latents: the prior has none, its z are pixels")
     renderer: Renderer = Latents(job.prior, start) if latent else Pixels(start)
     check_task(renderer, **job.arguments())
-    begin(out, record)
+    check_out(out, record)
+    negative = [] if job.loss.negative_prompt is None else [job.loss.negative_prompt]
+    sources = job.source_prompts if job.loss.needs_source else None
+    embed(job.prior, [*job.prompts, *(sources or [])], negative)
+    write_text(out / RECORD, record)
     snapshots = {0: _thumbnail(start)}
     progress = Progress(steps)
 
@@ -670,8 +675,14 @@ def write_text(file: Path, text: str) -> None:
     os.replace(partial, file)
 
 
-def begin(out: Path, record: str) -> None:
-    """Make the folder of a result and write the settings into it.
+def check_out(out: Path, record: str) -> None:
+    """Refuse a folder that is not free for the result of some settings.
+
+    Settings without a result are those of a command that failed, and are no obstacle.
+
+    Args:
+        out: the folder.
+        record: the settings, as they are kept there.
 
     Raises:
         ValueError: it holds something that was not made with these settings.
@@ -680,11 +691,11 @@ def begin(out: Path, record: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not there.is_file():
             raise ValueError(f"{out} holds something else: name another folder")
-        if there.read_text() != record:
+        has_result = (out / RESULTS).exists() or any(out.rglob("*.png"))
+        if has_result and there.read_text() != record:
             raise ValueError(
                 f"{out} holds another result (see {there}): name another folder, or delete it"
             )
-    write_text(there, record)
 
 
 def _replace(file: Path, save: Callable[..., Any], format: str, **options: Any) -> None:
