@@ -237,8 +237,12 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
             assert found["means"][label][scale]["distance"] == pytest.approx(mean)
     for figure in ("fig5.png", "fig6.png"):
         assert Image.open(out / figure).width > 300
+        (out / figure).unlink()
     # Four steps of two edits with two losses at two scales.
     assert "step 32/32" in capsys.readouterr().out
+    # The settings are those of a list again; all is done.
+    main(["edit", f"--config={out}/settings.yaml"])
+    assert (out / "fig5.png").exists() and "step" not in capsys.readouterr().out
 
 
 def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
@@ -271,6 +275,13 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
     main(args)
     assert not runs
     assert "made with something else (seed)" in error(*args, "--seed=8")
+
+
+def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
+    (tmp_path / "text.yaml").write_text("only text")
+    for args in (["--config=none.yaml"], [f"--config={tmp_path}/text.yaml"], ["--config"]):
+        assert "config" in error(*edit, *args)
+    assert "--list: expected one argument" in error("edit", "--list")
 
 
 def test_bad_input_of_a_list(edits, world, tmp_path):

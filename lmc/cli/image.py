@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jsonargparse
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -544,7 +545,6 @@ def _picture(out: Path, label: str, scale: float, row: int) -> Path:
 
 
 def gradients(
-    record: str,
     prior: Prior,
     image: Path,
     prompt: str,
@@ -563,7 +563,6 @@ def gradients(
     and a gradient's first three channels shown.
 
     Args:
-        record: the options as YAML; nothing is kept of them.
         prior: the diffusion model, by class_path and init_args.
         image: a file; its middle square is taken.
         prompt: y of g_cond.
@@ -747,16 +746,16 @@ def main(command: str, args: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     given.pop("config", None)
-    record = parser.dump(given, skip_none=False)
+    kept = {} if function is gradients else {"record": parser.dump(given, skip_none=False)}
     # Renamed in jsonargparse 4.49.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    function(record, **vars(instantiate(given)))
+    function(**kept, **vars(instantiate(given)))
 
 
 def command_line(command: str, args: Sequence[str]) -> tuple[Callable[..., None], Any]:
     """The function that `main` runs, and the parser of its options."""
     function = COMMANDS[command]
-    if command == "edit" and any(arg == "--list" or arg.startswith("--list=") for arg in args):
+    if command == "edit" and _has_list(args):
         function = edit_list
     parser: Any = jsonargparse.ArgumentParser(
         prog=f"lmc {command}",
@@ -765,8 +764,28 @@ def command_line(command: str, args: Sequence[str]) -> tuple[Callable[..., None]
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML with any of the options below")
-    parser.add_function_arguments(function, skip={"record"})
+    parser.add_function_arguments(function, skip=set() if function is gradients else {"record"})
     return function, parser
+
+
+def _has_list(args: Sequence[str]) -> bool:
+    """Whether --list is among the options, or in a file of --config."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    known.add_argument("--list")
+    known.add_argument("--config", action="append", default=[])
+    try:
+        given, _ = known.parse_known_args(args)
+    except argparse.ArgumentError:  # a value is missing: the full parser says it
+        return "--list" in args
+    if given.list is not None:
+        return True
+    for file in given.config:
+        try:
+            if "list" in (yaml.safe_load(Path(file).read_text()) or {}):
+                return True
+        except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError):
+            pass  # no such file, or no configuration: the full parser says it
+    return False
 
 
 def _numbers(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
