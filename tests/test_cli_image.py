@@ -11,9 +11,10 @@ from test_evaluate import build_clip_folder
 
 import lmc.cli.image
 from lmc.cli import main
+from lmc.corrector import FilterCorrector
 from lmc.evaluate import Clip, clip_score, distances, rmse
 from lmc.images import decode_image, resize
-from lmc.losses import LMC, NFSD
+from lmc.losses import LMC, NFSD, VSD, ScoreDistillation
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
 from lmc.specs import parse_specs
@@ -22,6 +23,10 @@ import worlds
 
 BRIEF = ("--settings.steps=4", "--settings.whole_steps=2", "--settings.decay_steps=2")
 EDITS = [("wide.png", "a cat", "a dog"), ("tall.jpg", "a cat", "a photo")]
+
+
+class OwnLMC(LMC):
+    """A loss of the user's that takes a corrector."""
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +226,7 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
     assert found["results"].keys() == {"sds", "lmc:corrector=identity"}
     clip, name = Clip(str(world / "clip")), found["distance_name"]
     measure = distances()[name]
-    for label, folder in (("sds", "sds"), ("lmc:corrector=identity", "lmc_corrector=identity")):
+    for label, folder in (("sds", "sds"), ("lmc:corrector=identity", "lmc+corrector=identity")):
         for scale in ("2", "5"):
             rows = found["results"][label][scale]
             for i, (file, _, prompt) in enumerate(EDITS):
@@ -284,6 +289,114 @@ def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
     assert "--list: expected one argument" in error("edit", "--list")
 
 
+def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch, capsys):
+    optimize = lmc.cli.image.optimize
+    raised = [FloatingPointError("not finite"), TypeError("odd"), torch.OutOfMemoryError("CUDA")]
+
+    def failing(renderer, **options):
+        loss = options["loss"]
+        if loss.name == "sds" and options["seeds"] == [1] and raised:
+            raise raised.pop(0)
+        return optimize(renderer, **options)
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", failing)
+    args = [*edits, "--losses=sds,cond", "--batch_size=1"]
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    message = caught.value.code
+    assert isinstance(message, str) and "failed: sds at 2, sds at 5" in message
+    out = tmp_path / "out"
+    found = json.loads((out / "results.json").read_text())
+    assert found["failed"]["sds at 2"] == "FloatingPointError: not finite"
+    assert found["failed"]["sds at 5"] == "TypeError: odd"
+    # A mean is over all edits, or there is none.
+    assert found["means"]["sds"] == {} and found["means"]["cond"].keys() == {"2", "5"}
+    assert (out / "fig5.png").exists() and (out / "fig6.png").exists()
+    assert "step 24/24" in capsys.readouterr().out  # of 32, without the failed ones' 8
+    with pytest.raises(SystemExit):
+        main(args)
+    found = json.loads((out / "results.json").read_text())
+    assert found["failed"].keys() == {"sds at 2"}
+    assert "lower the batch size" in found["failed"]["sds at 2"]
+    main([*args, "--losses=cond"])
+    assert json.loads((out / "results.json").read_text())["failed"] == found["failed"]
+    main(args)
+    found = json.loads((out / "results.json").read_text())
+    assert found["failed"] == {} and found["means"]["sds"].keys() == {"2", "5"}
+
+
+def test_a_list_goes_on_with_the_same_corrector_and_measures_only(
+    edits, world, tmp_path, monkeypatch, tiny_prior_folder
+):
+    corrector = FilterCorrector(3, 16, bins=2, prior={"digest": "another's"})
+    corrector.save_pretrained(tmp_path / "filter")
+    args = [*edits, f"--corrector={tmp_path}/filter", "--losses=lmc"]
+    results = tmp_path / "out" / "results.json"
+    with pytest.raises(SystemExit, match="failed: lmc at 2, lmc at 5"):
+        main(args)
+    assert "valid for the prior" in json.loads(results.read_text())["failed"]["lmc at 5"]
+    identity = DiffusersPrior(str(tiny_prior_folder)).identity
+    FilterCorrector(3, 16, bins=2, prior=identity).save_pretrained(tmp_path / "filter")
+    main(args)
+    made = results.read_bytes()
+    # The same things by other paths, from elsewhere, and the same losses: nothing is left to do.
+    monkeypatch.setattr(lmc.cli.image, "optimize", lambda *_, **__: pytest.fail("it is done"))
+    monkeypatch.chdir(world)
+    (tmp_path / "prior").symlink_to(tiny_prior_folder)
+    (tmp_path / "filter").rename(tmp_path / "moved")
+    args = [*args, "--list=edits.jsonl", "--clip=clip", f"--prior.pretrained={tmp_path}/prior"]
+    args = [*args, f"--corrector={tmp_path}/moved"]
+    main(args)
+    assert results.read_bytes() == made
+    # Another corrector in its place, but only for a loss that was measured with it.
+    corrector = FilterCorrector(3, 16, bins=2, prior=identity)
+    corrector.offset += 0.1
+    corrector.save_pretrained(tmp_path / "moved")
+    assert "something else (the corrector of lmc)" in error(*args)
+    monkeypatch.undo()
+    monkeypatch.chdir(world)
+    main([*args, "--losses=sds,test_cli_image.OwnLMC", "--guidance_scales=5"])
+    assert "something else (the corrector of lmc)" in error(*args, "--losses=sds,lmc")
+    measures = distances()
+    monkeypatch.setattr(lmc.evaluate, "distances", lambda: {"lpips": rmse, **measures})
+    assert "something else (distances)" in error(*args, "--losses=sds")
+
+
+def test_a_command_that_failed_before_measuring_leaves_its_folder_free(edits, tmp_path):
+    args = [*edits, "--losses=sds", "--guidance_scales=5"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="empty"):
+        main([*args, f"--clip={tmp_path}/empty"])
+    assert (tmp_path / "out" / "settings.yaml").exists()
+    main(args)
+    assert (tmp_path / "out" / "fig5.png").exists()
+
+
+def test_a_loss_is_built_once_for_a_scale_unless_it_learns(edits, tmp_path, monkeypatch):
+    seen: list[ScoreDistillation] = []
+
+    def blurred(renderer, **options):
+        seen.append(options["loss"])
+        return renderer.image.detach()
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", blurred)
+    # Two labels that differ in a character that no folder has.
+    names = ["nfsd:negative_prompt=a cat", "nfsd:negative_prompt=a_cat", "vsd"]
+    main([*edits, f"--losses={','.join(names)}", "--batch_size=1", "--guidance_scales=5"])
+    assert seen[0] is seen[1] and seen[2] is seen[3] and seen[0] is not seen[2]
+    assert isinstance(seen[4], VSD) and isinstance(seen[5], VSD) and seen[4] is not seen[5]
+    assert len([*(tmp_path / "out" / "images").iterdir()]) == 3
+
+
+def test_a_negative_prompt_that_is_no_class_is_refused_first(edits, family_folder, world, tmp_path):
+    line = {"image": str(world / "wide.png"), "source_prompt": "1", "prompt": "3"}
+    (tmp_path / "classes.jsonl").write_text(json.dumps(line))
+    args = [*edits, f"--list={tmp_path}/classes.jsonl"]
+    args += [f"--prior.pretrained={family_folder('ddpm')}"]
+    assert error(*args, "--losses=sds,nfsd").endswith("; set negative_prompt to ''")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_of_a_list(edits, world, tmp_path):
     assert "no such file" in error(*edits, "--list=none.jsonl")
     line = {"image": "gone.png", "source_prompt": "a cat", "prompt": "a dog"}
@@ -297,7 +410,9 @@ def test_bad_input_of_a_list(edits, world, tmp_path):
         file.write_text(text)
         assert expected in error(*edits, f"--list={file}")
     assert "unknown loss 'sd'" in error(*edits, "--losses=sd")
-    assert "needs a corrector" in error(*edits, "--losses=lmc")
+    for loss in ("lmc", "test_cli_image.OwnLMC"):
+        assert f"{loss!r} needs a corrector" in error(*edits, f"--losses={loss}")
+    assert "'ms_sds:steps=few': " in error(*edits, "--losses=ms_sds:steps=few")
     assert "guidance_scale is not" in error(*edits, "--losses=sds:guidance_scale=3")
     assert "must not be negative" in error(*edits, "--guidance_scales=5,-1")
     assert "5 is not among" in error(*edits, "--guidance_scales=1")
