@@ -133,6 +133,13 @@ def resize(image: Tensor, size: int) -> Tensor:
     return F.interpolate(image, (size, size), mode="bilinear", antialias=True)
 
 
+def middle_square(image: Tensor, size: int) -> Tensor:
+    """The centred square of (B, C, H, W), as wide as the shorter side, `resize`d to `size`."""
+    side = min(image.shape[-2:])
+    top, left = ((length - side) // 2 for length in image.shape[-2:])
+    return resize(image[..., top : top + side, left : left + side], size)
+
+
 class ShardStream(IterableDataset):
     """Batches from shards; use it in a DataLoader with batch_size=None.
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lmc.images import resize
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
-from lmc.priors import Prior
-from lmc.schedule import FallingTime, TimeSchedule
+from lmc.priors import Embedding, Prior
+from lmc.schedule import TimeSchedule
 
 Window = tuple[int, int, int]  # top, left and side in pixels of a square part of an image
 
@@ -60,7 +60,7 @@ class Pixels(nn.Module):
 class Latents(nn.Module):
     """z of a latent prior; the loss sees z itself, and the VAE decodes the result alone.
 
-    Valid for whole images only: `Synthesis.whole_steps` must be all steps.
+    The loss sees whole images at every step, whatever `Synthesis.whole_steps` says.
 
     Args:
         prior: whose z it is.
@@ -105,14 +105,16 @@ class Synthesis:
     Attributes:
         steps: of Adam.
         whole_steps: the first of them, in which the loss sees the whole image, resized to the
-            prior's size; of an image that is not square, its centred square.
+            prior's size; of an image that is not square, its centred square. More than `steps`
+            are all of them.
         patches: random patches a step after that.
         patch_range: smallest and largest side of a patch, which is resized to the prior's size;
             None: from the prior's image_size, or the image's shorter side if that is less, to the
             image's shorter side.
         lr: Adam's learning rate.
         lr_end: the share of it that is left at the end.
-        decay_steps: the last steps, over which the rate falls, along half a cosine.
+        decay_steps: the last steps, over which the rate falls, along half a cosine. More than
+            `steps` are all of them.
         l2_weight: of ‖image − source‖².
 
     Raises:
@@ -133,8 +135,7 @@ class Synthesis:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("whole_steps", "decay_steps"):
-            if getattr(self, name) > self.steps:
-                raise ValueError(f"{name} {getattr(self, name)} are more than steps {self.steps}")
+            object.__setattr__(self, name, min(getattr(self, name), self.steps))  # frozen
         if self.lr <= 0 or self.lr_end < 0 or self.l2_weight < 0:
             raise ValueError(
                 f"lr must be above 0, lr_end and l2_weight not negative, got {self.lr}, "
@@ -213,9 +214,9 @@ def optimize(
         + l2_weight · mean over pixels of (image − source)²
 
     An image's patches, t and eps follow from its seed alone: it comes out as it would by itself, up
-    to rounding. Not so where images share something: `FallingTime` has one t for all, drawn by the
-    first seed, and a loss that `learns` learns from all. All is drawn on the CPU, so that a seed
-    means the same on every device.
+    to rounding. Not so where images share something: a `shared` time schedule has one t for all,
+    drawn by the first seed, and a loss that `learns` learns from all. All is drawn on the CPU, so
+    that a seed means the same on every device.
 
     Args:
         renderer: renders B images. It is moved to `device`, and its parameters are optimised.
@@ -236,13 +237,13 @@ def optimize(
 
     Raises:
         ValueError: the numbers of prompts, seeds and images differ; a source is missing or of
-            another size; patches larger than the image; latents and patches; an unknown prompt of a
-            class-conditional prior: all before any weights are loaded. Or see `loss.prepare`.
+            another size; patches larger than the image; an unknown prompt of a class-conditional
+            prior: all before any weights are loaded. Or see `loss.prepare`.
         FloatingPointError: a gradient is not finite; names the step, the loss, t and the seed.
     """
     task = _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
+    time = loss.choose_time(time)
     task.load(device)
-    time = time or loss.time
     adam = torch.optim.Adam(renderer.parameters(), lr=settings.lr)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     eps_fixed = task.noise(generators) if loss.fixed_noise else None
@@ -297,6 +298,19 @@ def check_task(
     _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
 
 
+def embed(prior: Prior, prompts: Sequence[str], negative: Sequence[str]) -> Embedding:
+    """Embeddings of prompts, then of losses' negative prompts.
+
+    Raises:
+        ValueError: an unknown prompt of a class-conditional prior.
+    """
+    try:
+        return prior.embed([*prompts, *negative])
+    except ValueError as error:
+        prior.embed(prompts)  # where one of these is unknown, that is the error
+        raise ValueError(f"negative prompt: {error}; set negative_prompt to ''") from error
+
+
 class _Task:
     """What `optimize` is given, checked, and what follows from it."""
 
@@ -316,10 +330,7 @@ class _Task:
         self.z_source: Tensor | None = None  # for latents
         if isinstance(renderer, Latents):
             shape: Sequence[int] = renderer.image.shape
-            if settings.whole_steps < settings.steps:
-                raise ValueError(
-                    f"latents have no patches: set whole_steps to steps, {settings.steps}"
-                )
+            settings = self.settings = replace(settings, whole_steps=settings.steps)
         else:
             with torch.no_grad():
                 shape = renderer().shape
@@ -339,15 +350,14 @@ class _Task:
             if source_prompts is None or len(source_prompts) != self.count:
                 raise ValueError(f"the loss {loss.name!r} needs a source prompt for each image")
             self.prompts += source_prompts
-        if loss.negative_prompt is not None:
-            self.prompts.append(loss.negative_prompt)
+        self.negative = [] if loss.negative_prompt is None else [loss.negative_prompt]
         if settings.whole_steps < settings.steps:
             self.sides = settings.sides(self.height, self.width, prior.image_size)
 
     def load(self, device: torch.device | str) -> None:
         """Load the prior and the loss; everything to `device`."""
         self.device = device
-        self.embedding = self.prior.embed(self.prompts).to(device)
+        self.embedding = embed(self.prior, self.prompts, self.negative).to(device)
         self.loss.prepare(self.prior, device)
         self.prior.to(device)
         self.renderer.to(device)
@@ -426,7 +436,7 @@ def _draw_t(
     time: TimeSchedule, generators: Sequence[torch.Generator], progress: float, z: Tensor
 ) -> Tensor:
     """A time for each generator, from it; one for all where the schedule says so."""
-    if isinstance(time, FallingTime):
+    if time.shared:
         return time.draw(len(generators), progress, generators[0], z.dtype).to(z.device)
     drawn = [time.draw(1, progress, generator, z.dtype) for generator in generators]
     return torch.cat(drawn).to(z.device)

@@ -11,9 +11,10 @@ from test_evaluate import build_clip_folder
 
 import lmc.cli.image
 from lmc.cli import main
+from lmc.corrector import FilterCorrector
 from lmc.evaluate import Clip, clip_score, distances, rmse
 from lmc.images import decode_image, resize
-from lmc.losses import LMC, NFSD
+from lmc.losses import LMC, NFSD, VSD, ScoreDistillation
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
 from lmc.specs import parse_specs
@@ -22,6 +23,10 @@ import worlds
 
 BRIEF = ("--settings.steps=4", "--settings.whole_steps=2", "--settings.decay_steps=2")
 EDITS = [("wide.png", "a cat", "a dog"), ("tall.jpg", "a cat", "a photo")]
+
+
+class OwnLMC(LMC):
+    """A loss of the user's that takes a corrector."""
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +153,6 @@ def test_latents_are_a_parametrisation(family_folder, synthesize, tmp_path):
     folder = family_folder("sd15")
     size = DiffusersPrior(str(folder)).image_size
     args = [*synthesize, f"--prior.pretrained={folder}", "--parametrisation=latents"]
-    assert "set whole_steps to steps" in error(*args, f"--size={size}")
-    args += ["--settings.whole_steps=4"]
     assert f"{size} x {size} pixels" in error(*args)
     main([*args, f"--size={size}"])
     assert read(tmp_path / "out" / "seed-0.png").shape == (3, size, size)
@@ -162,6 +165,31 @@ def test_fixed_noise_is_an_option_of_the_loss(synthesize, tmp_path):
     assert "fixed_noise: true" in text
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory: lower the batch"),
+        (ImportError("no sentencepiece"), "lmc: no sentencepiece"),
+    ],
+    ids=["memory", "import"],
+)
+def test_what_the_machine_lacks_is_said_in_a_line(synthesize, monkeypatch, raised, said):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", fail)
+    assert said in error(*synthesize)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(synthesize, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(synthesize)
+
+
 def test_bad_input_of_synthesis_and_editing(synthesize, edit, world, tmp_path, family_folder):
     assert "must not be negative" in error(*synthesize, "--loss.guidance_scale=-1")
     assert "patches of 25 pixels are larger" in error(*synthesize, "--settings.patch_range=[16,25]")
@@ -171,18 +199,24 @@ def test_bad_input_of_synthesis_and_editing(synthesize, edit, world, tmp_path, f
     assert "size must be at least 8" in error(*synthesize, "--size=4")
     assert "has none" in error(*synthesize, "--parametrisation=latents")
     assert "--sede" in error(*synthesize, "--sede=1")
-    assert "more than steps 3" in error(
-        *synthesize, "--settings.whole_steps=9", "--settings.steps=3"
-    )
     assert "source prompt" in error(*edit)
     assert "no such image" in error(*edit, "--image=none.png")
     broken = tmp_path / "broken.png"
     broken.write_bytes((world / "wide.png").read_bytes()[:200])
     assert str(broken) in error(*edit, f"--image={broken}")
+    classes = [*synthesize, f"--prior.pretrained={family_folder('ddpm')}", "--prompt=3"]
+    assert "no class 'unicorn'" in error(*classes, "--prompt=unicorn")
+    assert error(*classes, "--loss=NFSD").endswith("; set negative_prompt to ''")
     assert not (tmp_path / "out").exists()
-    pixels = family_folder("ddpm")
-    args = [*synthesize, f"--prior.pretrained={pixels}", "--prompt=unicorn"]
-    assert "no class 'unicorn'" in error(*args)
+
+
+def test_a_command_that_failed_late_leaves_its_folder_free(synthesize, tmp_path):
+    failing = [*synthesize, "--loss=SDI", "--time=UniformTime", "--seeds=0,1"]
+    with pytest.raises(SystemExit, match="one t for the whole batch"):
+        main(failing)
+    main([*failing, "--time=FallingTime"])
+    assert (tmp_path / "out" / "seed-1.png").exists()
+    assert "holds another result" in error(*synthesize)
 
 
 def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
@@ -192,7 +226,7 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
     assert found["results"].keys() == {"sds", "lmc:corrector=identity"}
     clip, name = Clip(str(world / "clip")), found["distance_name"]
     measure = distances()[name]
-    for label, folder in (("sds", "sds"), ("lmc:corrector=identity", "lmc_corrector=identity")):
+    for label, folder in (("sds", "sds"), ("lmc:corrector=identity", "lmc+corrector=identity")):
         for scale in ("2", "5"):
             rows = found["results"][label][scale]
             for i, (file, _, prompt) in enumerate(EDITS):
@@ -208,8 +242,12 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
             assert found["means"][label][scale]["distance"] == pytest.approx(mean)
     for figure in ("fig5.png", "fig6.png"):
         assert Image.open(out / figure).width > 300
+        (out / figure).unlink()
     # Four steps of two edits with two losses at two scales.
     assert "step 32/32" in capsys.readouterr().out
+    # The settings are those of a list again; all is done.
+    main(["edit", f"--config={out}/settings.yaml"])
+    assert (out / "fig5.png").exists() and "step" not in capsys.readouterr().out
 
 
 def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
@@ -225,11 +263,12 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lmc.cli.image, "optimize", counted)
     args = [*edits, "--batch_size=1", "--seed=7", "--losses=sds,cond"]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as caught:
         main(args)
+    assert caught.value.code == 130  # as of every program that Ctrl-C ends
     first, runs[:] = runs[:], []
     assert first == [("sds", 2, [7]), ("sds", 2, [8]), ("sds", 5, [7])]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         main(args)
     assert runs == [("sds", 5, [8]), ("cond", 2, [7]), ("cond", 2, [8])]
     runs.clear()
@@ -241,6 +280,121 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
     main(args)
     assert not runs
     assert "made with something else (seed)" in error(*args, "--seed=8")
+
+
+def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
+    (tmp_path / "text.yaml").write_text("only text")
+    for args in (["--config=none.yaml"], [f"--config={tmp_path}/text.yaml"], ["--config"]):
+        assert "config" in error(*edit, *args)
+    assert "--list: expected one argument" in error("edit", "--list")
+
+
+def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch, capsys):
+    optimize = lmc.cli.image.optimize
+    raised = [FloatingPointError("not finite"), TypeError("odd"), torch.OutOfMemoryError("CUDA")]
+
+    def failing(renderer, **options):
+        loss = options["loss"]
+        if loss.name == "sds" and options["seeds"] == [1] and raised:
+            raise raised.pop(0)
+        return optimize(renderer, **options)
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", failing)
+    args = [*edits, "--losses=sds,cond", "--batch_size=1"]
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    message = caught.value.code
+    assert isinstance(message, str) and "failed: sds at 2, sds at 5" in message
+    out = tmp_path / "out"
+    found = json.loads((out / "results.json").read_text())
+    assert found["failed"]["sds at 2"] == "FloatingPointError: not finite"
+    assert found["failed"]["sds at 5"] == "TypeError: odd"
+    # A mean is over all edits, or there is none.
+    assert found["means"]["sds"] == {} and found["means"]["cond"].keys() == {"2", "5"}
+    assert (out / "fig5.png").exists() and (out / "fig6.png").exists()
+    assert "step 24/24" in capsys.readouterr().out  # of 32, without the failed ones' 8
+    with pytest.raises(SystemExit):
+        main(args)
+    found = json.loads((out / "results.json").read_text())
+    assert found["failed"].keys() == {"sds at 2"}
+    assert "lower the batch size" in found["failed"]["sds at 2"]
+    main([*args, "--losses=cond"])
+    assert json.loads((out / "results.json").read_text())["failed"] == found["failed"]
+    main(args)
+    found = json.loads((out / "results.json").read_text())
+    assert found["failed"] == {} and found["means"]["sds"].keys() == {"2", "5"}
+
+
+def test_a_list_goes_on_with_the_same_corrector_and_measures_only(
+    edits, world, tmp_path, monkeypatch, tiny_prior_folder
+):
+    corrector = FilterCorrector(3, 16, bins=2, prior={"digest": "another's"})
+    corrector.save_pretrained(tmp_path / "filter")
+    args = [*edits, f"--corrector={tmp_path}/filter", "--losses=lmc"]
+    results = tmp_path / "out" / "results.json"
+    with pytest.raises(SystemExit, match="failed: lmc at 2, lmc at 5"):
+        main(args)
+    assert "valid for the prior" in json.loads(results.read_text())["failed"]["lmc at 5"]
+    identity = DiffusersPrior(str(tiny_prior_folder)).identity
+    FilterCorrector(3, 16, bins=2, prior=identity).save_pretrained(tmp_path / "filter")
+    main(args)
+    made = results.read_bytes()
+    # The same things by other paths, from elsewhere, and the same losses: nothing is left to do.
+    monkeypatch.setattr(lmc.cli.image, "optimize", lambda *_, **__: pytest.fail("it is done"))
+    monkeypatch.chdir(world)
+    (tmp_path / "prior").symlink_to(tiny_prior_folder)
+    (tmp_path / "filter").rename(tmp_path / "moved")
+    args = [*args, "--list=edits.jsonl", "--clip=clip", f"--prior.pretrained={tmp_path}/prior"]
+    args = [*args, f"--corrector={tmp_path}/moved"]
+    main(args)
+    assert results.read_bytes() == made
+    # Another corrector in its place, but only for a loss that was measured with it.
+    corrector = FilterCorrector(3, 16, bins=2, prior=identity)
+    corrector.offset += 0.1
+    corrector.save_pretrained(tmp_path / "moved")
+    assert "something else (the corrector of lmc)" in error(*args)
+    monkeypatch.undo()
+    monkeypatch.chdir(world)
+    main([*args, "--losses=sds,test_cli_image.OwnLMC", "--guidance_scales=5"])
+    assert "something else (the corrector of lmc)" in error(*args, "--losses=sds,lmc")
+    measures = distances()
+    monkeypatch.setattr(lmc.evaluate, "distances", lambda: {"lpips": rmse, **measures})
+    assert "something else (distances)" in error(*args, "--losses=sds")
+
+
+def test_a_command_that_failed_before_measuring_leaves_its_folder_free(edits, tmp_path):
+    args = [*edits, "--losses=sds", "--guidance_scales=5"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="empty"):
+        main([*args, f"--clip={tmp_path}/empty"])
+    assert (tmp_path / "out" / "settings.yaml").exists()
+    main(args)
+    assert (tmp_path / "out" / "fig5.png").exists()
+
+
+def test_a_loss_is_built_once_for_a_scale_unless_it_learns(edits, tmp_path, monkeypatch):
+    seen: list[ScoreDistillation] = []
+
+    def blurred(renderer, **options):
+        seen.append(options["loss"])
+        return renderer.image.detach()
+
+    monkeypatch.setattr(lmc.cli.image, "optimize", blurred)
+    # Two labels that differ in a character that no folder has.
+    names = ["nfsd:negative_prompt=a cat", "nfsd:negative_prompt=a_cat", "vsd"]
+    main([*edits, f"--losses={','.join(names)}", "--batch_size=1", "--guidance_scales=5"])
+    assert seen[0] is seen[1] and seen[2] is seen[3] and seen[0] is not seen[2]
+    assert isinstance(seen[4], VSD) and isinstance(seen[5], VSD) and seen[4] is not seen[5]
+    assert len([*(tmp_path / "out" / "images").iterdir()]) == 3
+
+
+def test_a_negative_prompt_that_is_no_class_is_refused_first(edits, family_folder, world, tmp_path):
+    line = {"image": str(world / "wide.png"), "source_prompt": "1", "prompt": "3"}
+    (tmp_path / "classes.jsonl").write_text(json.dumps(line))
+    args = [*edits, f"--list={tmp_path}/classes.jsonl"]
+    args += [f"--prior.pretrained={family_folder('ddpm')}"]
+    assert error(*args, "--losses=sds,nfsd").endswith("; set negative_prompt to ''")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_of_a_list(edits, world, tmp_path):
@@ -256,7 +410,9 @@ def test_bad_input_of_a_list(edits, world, tmp_path):
         file.write_text(text)
         assert expected in error(*edits, f"--list={file}")
     assert "unknown loss 'sd'" in error(*edits, "--losses=sd")
-    assert "needs a corrector" in error(*edits, "--losses=lmc")
+    for loss in ("lmc", "test_cli_image.OwnLMC"):
+        assert f"{loss!r} needs a corrector" in error(*edits, f"--losses={loss}")
+    assert "'ms_sds:steps=few': " in error(*edits, "--losses=ms_sds:steps=few")
     assert "guidance_scale is not" in error(*edits, "--losses=sds:guidance_scale=3")
     assert "must not be negative" in error(*edits, "--guidance_scales=5,-1")
     assert "5 is not among" in error(*edits, "--guidance_scales=1")

@@ -21,6 +21,7 @@ from lmc.images import (
     ImageStream,
     decode_image,
     heldout_names,
+    middle_square,
     resize,
     to_uint8,
     write_shard,
@@ -394,6 +395,15 @@ def test_cmyk_becomes_rgb():
     expected = torch.tensor([(255 - ink) * (255 - k) / 255 for ink in (c, m, y)]).double()
     expected = (expected / 127.5 - 1)[:, None, None].expand(3, 16, 16)
     close(decode_image(encoded(image, "jpeg", quality=100)), expected, atol=2 / 127.5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 10, 17), (2, 3, 17, 10), (2, 3, 10, 10)])
+def test_the_middle_square_is_the_centre_crop(shape):
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    side = min(shape[-2:])
+    top, left = (shape[2] - side) // 2, (shape[3] - side) // 2
+    assert torch.equal(middle_square(image, side), tv.crop(image, top, left, side, side))
+    assert middle_square(image, 6).shape == (2, 3, 6, 6)
 
 
 def test_no_image_is_named():

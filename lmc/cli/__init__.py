@@ -11,6 +11,7 @@ from typing import Any
 from lmc.cli import compare
 
 PROMPT = "a photo of a {}"
+OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
 # Commands with typed options and a configuration file, handed on before argparse reads them.
 IMAGE_COMMANDS = {
     "synthesize": "optimise an image from grey towards a prompt",
@@ -56,7 +57,7 @@ def translate(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from lmc.images import decode_image, resize, to_uint8
+    from lmc.images import decode_image, middle_square, to_uint8
 
     translator = _translator(args.translator).to(args.device)
     targets = args.to or translator.classes
@@ -72,9 +73,7 @@ def translate(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files, 1):
         image = decode_image(file.read_bytes(), str(file))
-        side = min(image.shape[1:])
-        top, left = ((length - side) // 2 for length in image.shape[1:])
-        image = resize(image[None, :, top : top + side, left : left + side], translator.image_size)
+        image = middle_square(image[None], translator.image_size)
         with torch.no_grad():
             outputs = translator(image.expand(len(ids), -1, -1, -1).to(args.device), ids)
         for target, output in zip(targets, to_uint8(outputs).cpu(), strict=True):
@@ -369,7 +368,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends it with one line that says what is wrong."""
+    """Run a command; bad input ends it with one line that says what is wrong, Ctrl-C with 130."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         if args and args[0] in IMAGE_COMMANDS:
@@ -384,5 +383,13 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         given = parser().parse_args(args)
         given.run_command(given)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
         sys.exit(f"lmc: {error}")
+    except RuntimeError as error:
+        from torch import OutOfMemoryError
+
+        if not isinstance(error, OutOfMemoryError):
+            raise
+        sys.exit(f"lmc: {OUT_OF_MEMORY}")
+    except KeyboardInterrupt:
+        sys.exit(130)

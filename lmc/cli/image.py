@@ -5,9 +5,12 @@ the configuration file of them.
 """
 
 import argparse
+import hashlib
+import inspect
 import json
 import os
-import re
+import pkgutil
+import sys
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +20,14 @@ from typing import Any, Literal
 
 import jsonargparse
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmc.images import decode_image, resize, to_uint8
+from lmc.cli import OUT_OF_MEMORY
+from lmc.corrector import BiasCorrector
+from lmc.images import decode_image, middle_square, to_uint8
 from lmc.losses import LMC, ScoreDistillation
 from lmc.optimize import (
     Comparison,
@@ -31,6 +37,7 @@ from lmc.optimize import (
     Renderer,
     Synthesis,
     check_task,
+    embed,
     grey,
     optimize,
 )
@@ -182,7 +189,12 @@ def _optimise_one(
         raise ValueError("parametrisation latents: the prior has none, its z are pixels")
     renderer: Renderer = Latents(job.prior, start) if latent else Pixels(start)
     check_task(renderer, **job.arguments())
-    begin(out, record)
+    job.loss.choose_time(time)
+    check_out(out, record)
+    negative = [] if job.loss.negative_prompt is None else [job.loss.negative_prompt]
+    sources = job.source_prompts if job.loss.needs_source else None
+    embed(job.prior, [*job.prompts, *(sources or [])], negative)
+    write_text(out / RECORD, record)
     snapshots = {0: _thumbnail(start)}
     progress = Progress(steps)
 
@@ -284,7 +296,8 @@ def edit_list(
     Writes the results as PNGs, results.json with each one's distance to its source and CLIP score,
     fig5.png (distance over CLIP score, a curve a loss) and fig6.png (image statistics). The same
     command again goes on where it stopped, also with more losses or guidance scales. The guidance
-    is not rescaled by 1/ω.
+    is not rescaled by 1/ω. Where a loss fails the others go on; it is named at the end, with a
+    non-zero exit status, and under `failed` in results.json.
 
     Args:
         record: the options as YAML, kept beside the result.
@@ -293,8 +306,8 @@ def edit_list(
             source_prompt and prompt.
         clip: a CLIP model, folder or hub id.
         out: folder to write.
-        losses: with commas, each NAME[:OPTION=VALUE]*, such as lmc,sds:weighting=sjc.
-        corrector: of the losses lmc that name none.
+        losses: with commas, each NAME[:OPTION=VALUE]*, such as lmc,sds:weighting=fantasia3d.
+        corrector: of the losses that take one and name none, such as lmc.
         guidance_scales: with commas.
         statistics_scale: the one of them that fig6.png is about.
         size: side of the images in pixels; the middle square of each is resized to it.
@@ -303,8 +316,10 @@ def edit_list(
         batch_size: edits at once.
         device: cpu, cuda, …
     """
+    from lmc.evaluate import distances
+
     edits = read_list(list)
-    sources = torch.cat([_middle_square(read_image(Path(e.image)), size) for e in edits])
+    sources = torch.cat([middle_square(read_image(Path(e.image))[None], size) for e in edits])
     specs = parse_specs(losses)
     scales = _numbers(guidance_scales, "guidance_scales", float)
     if batch_size < 1:
@@ -312,24 +327,33 @@ def edit_list(
     if statistics_scale not in scales:
         raise ValueError(f"statistics_scale {statistics_scale:g} is not among guidance_scales")
     first = [0]
-    for spec in specs:
-        for scale in scales:
-            loss = _build(spec, corrector, scale)
-            job = _edits_job(prior, loss, edits, sources, first, seed, settings)
-            check_task(Pixels(sources[first]), **job.arguments())
-    prior.embed([p for each in edits for p in (each.source_prompt, each.prompt)])
+    built = {
+        (spec.label, scale): _build(spec, corrector, scale) for spec in specs for scale in scales
+    }
+    correctors = {spec.label: _corrector_digest(built[spec.label, scales[0]]) for spec in specs}
+    for loss in built.values():
+        job = _edits_job(prior, loss, edits, sources, first, seed, settings)
+        check_task(Pixels(sources[first]), **job.arguments())
+    prompts = [p for each in edits for p in (each.source_prompt, each.prompt)]
+    negative = {loss.negative_prompt for loss in built.values()}
+    embed(prior, prompts, [prompt for prompt in negative if prompt is not None])
+    named = distances()  # by name
     made_with = {
         "settings": asdict(settings),
-        "prior": dict(prior.identity),
-        "corrector": corrector,
-        "clip": clip,
+        "prior": {
+            name: _resolved(value) if name == "pretrained" else value
+            for name, value in prior.identity.items()
+        },
+        "clip": _resolved(clip),
+        "distances": [*named],
         "size": size,
         "seed": seed,
-        "edits": [asdict(each) for each in edits],
+        "edits": [asdict(each) | {"image": _file_digest(each.image)} for each in edits],
+        "correctors": correctors,
     }
     results = _go_on(out, made_with)
     write_text(out / RECORD, record)
-    measure = _Measure(clip, device, edits, sources)
+    measure = _Measure(clip, device, edits, sources, named)
     results["distance_name"] = measure.name
     results["source"] = measure.source_score()
 
@@ -339,31 +363,49 @@ def edit_list(
 
     runs = [(spec, scale, todo(spec.label, scale)) for spec in specs for scale in scales]
     progress = Progress(settings.steps * sum(len(left) for *_, left in runs))
-    for spec, scale, left in runs:
-        for at in range(0, len(left), batch_size):
-            rows = left[at : at + batch_size]
+
+    def run(spec: Spec, scale: float, rows: Sequence[int]) -> None:
+        loss = built[spec.label, scale]
+        if loss.learns:  # what it learned of other edits is not for these
             loss = _build(spec, corrector, scale)
-            job = _edits_job(prior, loss, edits, sources, rows, seed, settings)
-            before, count = progress.done, len(rows)
-            images = optimize(
-                Pixels(sources[rows]),
-                **job.arguments(),
-                device=device,
-                watch=lambda done, before=before, count=count: progress.steps_done(  # type: ignore
-                    before + done * count
-                ),
-            )
-            images = images.float().cpu().clamp(-1, 1)
-            for row, picture, figures in zip(rows, images, measure(images, rows), strict=True):
-                save_image(picture, _picture(out, spec.label, scale, row))
-                results["results"][spec.label][f"{scale:g}"][str(row)] = figures
-            write_json(out / RESULTS, results)
-            print(f"{spec.label} at {scale:g}: {len(rows)} edits done", flush=True)
-    labels = [spec.label for spec in specs]
-    results["means"] = _means(results["results"])
+        job = _edits_job(prior, loss, edits, sources, rows, seed, settings)
+        before = progress.done
+        images = optimize(
+            Pixels(sources[rows]),
+            **job.arguments(),
+            device=device,
+            watch=lambda done: progress.steps_done(before + done * len(rows)),
+        )
+        images = images.float().cpu().clamp(-1, 1)
+        for row, picture, figures in zip(rows, images, measure(images, rows), strict=True):
+            save_image(picture, _picture(out, spec, scale, row))
+            results["results"][spec.label][f"{scale:g}"][str(row)] = figures
+        write_json(out / RESULTS, results)
+        print(f"{spec.label} at {scale:g}: {len(rows)} edits done", flush=True)
+
+    failed: dict[str, str] = {}
+    for spec, scale, left in runs:
+        name, end = f"{spec.label} at {scale:g}", progress.done + settings.steps * len(left)
+        try:
+            for at in range(0, len(left), batch_size):
+                run(spec, scale, left[at : at + batch_size])
+        except (ValueError, FloatingPointError, RuntimeError, TypeError) as error:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            failed[name] = OUT_OF_MEMORY if memory else f"{type(error).__name__}: {error}"
+            print(f"{name} failed: {failed[name]}", flush=True)
+            progress.total -= end - progress.done
+    done_here = {f"{spec.label} at {scale:g}" for spec, scale, _ in runs}
+    others = {n: why for n, why in results.get("failed", {}).items() if n not in done_here}
+    results["failed"] = others | failed
+    results["means"] = _means(results["results"], len(edits))
     write_json(out / RESULTS, results)
-    _write_figures(out, labels, scales, statistics_scale, results, sources)
+    _write_figures(out, specs, scales, statistics_scale, results, sources)
     print(f"{out}/{RESULTS}, fig5.png and fig6.png: {len(edits)} edits of each loss")
+    if failed:
+        sys.exit(
+            f"lmc: failed: {', '.join(failed)} (why is in {out}/{RESULTS}); "
+            "the same command tries them again"
+        )
 
 
 def read_list(file: Path) -> list[Edit]:
@@ -403,11 +445,38 @@ def _build(spec: Spec, corrector: str | None, scale: float) -> ScoreDistillation
         if option in spec.options:
             raise ValueError(f"{spec.label!r}: {option} is not a loss's own here")
     more: dict[str, Any] = {"guidance_scale": scale, "rescale": False}
-    if spec.class_path == "lmc.losses.LMC" and "corrector" not in spec.options:
-        if corrector is None:
-            raise ValueError("the loss 'lmc' needs a corrector: --corrector FOLDER")
-        more["corrector"] = corrector
-    return spec.build(**more)
+    takes = inspect.signature(pkgutil.resolve_name(spec.class_path)).parameters.get("corrector")
+    if takes is not None and "corrector" not in spec.options:
+        if corrector is not None:
+            more["corrector"] = corrector
+        elif takes.default is inspect.Parameter.empty:
+            raise ValueError(f"the loss {spec.label!r} needs a corrector: --corrector FOLDER")
+    try:
+        return spec.build(**more)
+    except TypeError as error:
+        raise ValueError(f"the loss {spec.label!r}: {error}") from error
+
+
+def _resolved(pretrained: str) -> str:
+    """A folder by its absolute path; a hub id as it is."""
+    return str(Path(pretrained).resolve()) if Path(pretrained).exists() else pretrained
+
+
+def _file_digest(file: str) -> str:
+    """SHA-256 of a file's content."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _corrector_digest(loss: ScoreDistillation) -> str | None:
+    """SHA-256 of the kind, statistics and weights of the loss's corrector, if it has one."""
+    corrector = getattr(loss, "corrector", None)
+    if not isinstance(corrector, BiasCorrector):
+        return None
+    digest = hashlib.sha256(f"{type(corrector).__name__} {corrector.statistics}".encode())
+    for name, value in sorted(corrector.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _edits_job(
@@ -431,16 +500,36 @@ def _edits_job(
 
 
 def _go_on(out: Path, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The results so far in `out`; or a ValueError where they were made with something else."""
+    """The results so far in `out`; or a ValueError where they were made with something else.
+
+    Where nothing was measured yet, as by a command that failed, anything may begin.
+    """
     made_with = json.loads(json.dumps(made_with))
+    fresh = {"made_with": made_with, "results": {}}
     file = out / RESULTS
     if not file.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        own = {RECORD, "images"} if (out / RECORD).is_file() else set()
+        if out.exists() and (not out.is_dir() or {each.name for each in out.iterdir()} - own):
             raise ValueError(f"{out} holds something else: name another folder")
-        return {"made_with": made_with, "results": {}}
+        return fresh
     there = json.loads(file.read_text())
-    before = there.get("made_with", {})
+    before = there.get("made_with")
+    if before is None:
+        raise ValueError(f"{out} holds something else: name another folder")
+    measured = {label for label, scales in there["results"].items() if any(scales.values())}
+    if not measured:
+        return fresh
     other = [name for name in made_with if before.get(name) != made_with[name]]
+    if "correctors" in other:
+        # One for each loss; that of a loss without a result is of no matter.
+        known, now = before.get("correctors", {}), made_with["correctors"]
+        other.remove("correctors")
+        other += [
+            f"the corrector of {label}"
+            for label in now
+            if label in measured and known.get(label) != now[label]
+        ]
+        before["correctors"] = known | now
     if other:
         raise ValueError(
             f"{out} holds edits made with something else ({', '.join(other)}): name another folder"
@@ -451,12 +540,19 @@ def _go_on(out: Path, made_with: Mapping[str, Any]) -> dict[str, Any]:
 class _Measure:
     """Distance to the source and CLIP score of results, by number."""
 
-    def __init__(self, clip: str, device: str, edits: Sequence[Edit], sources: Tensor) -> None:
-        from lmc.evaluate import Clip, distances
+    def __init__(
+        self,
+        clip: str,
+        device: str,
+        edits: Sequence[Edit],
+        sources: Tensor,
+        distances: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+    ) -> None:
+        from lmc.evaluate import Clip
 
         self.clip, self.device, self.sources = Clip(clip, device), device, sources
         self.texts = self.clip.texts([each.prompt for each in edits])
-        self.distances = distances()
+        self.distances = distances
         self.name = next(iter(self.distances))
 
     @torch.no_grad()
@@ -478,8 +574,8 @@ class _Measure:
         return sum(row["clip_score"] for (row,) in each) / len(each)
 
 
-def _means(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Means over the edits, by loss and guidance scale."""
+def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
+    """Means over all edits, by loss and guidance scale."""
     return {
         label: {
             scale: {
@@ -487,7 +583,7 @@ def _means(results: Mapping[str, Any]) -> dict[str, Any]:
                 for name in next(iter(rows.values()))
             }
             for scale, rows in scales.items()
-            if rows  # none yet, where a run was stopped before them
+            if len(rows) == edits  # fewer where it failed or was stopped
         }
         for label, scales in results.items()
     }
@@ -495,33 +591,35 @@ def _means(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_figures(
     out: Path,
-    labels: Sequence[str],
+    specs: Sequence[Spec],
     scales: Sequence[float],
     statistics_scale: float,
     results: Mapping[str, Any],
     sources: Tensor,
 ) -> None:
-    """fig5.png and fig6.png of what `results` and the PNGs say."""
+    """fig5.png and fig6.png of what `results` and the PNGs say, without what failed."""
     from lmc.evaluate import derivative_histogram, power_spectrum
     from lmc.report import curves_figure, statistics_figure
 
     means = results["means"]
     curves = {
-        label: [
+        spec.label: [
             (mean["clip_score"], mean["distance"], f"{scale:g}")
             for scale in scales
-            for mean in [means[label][f"{scale:g}"]]
+            if (mean := means[spec.label].get(f"{scale:g}"))
         ]
-        for label in labels
+        for spec in specs
     }
     curves["source"] = [(results["source"], 0.0, "")]
     name = f"{results['distance_name']} to source"
     figure = curves_figure(curves, "CLIP score", name)
     _replace(out / "fig5.png", figure.savefig, "png")
     pictures = {"source": sources}
-    for label in labels:
-        files = [_picture(out, label, statistics_scale, i) for i in range(len(sources))]
-        pictures[label] = torch.stack([read_image(file) for file in files])
+    for spec in specs:
+        if f"{statistics_scale:g}" not in means[spec.label]:
+            continue
+        files = [_picture(out, spec, statistics_scale, i) for i in range(len(sources))]
+        pictures[spec.label] = torch.stack([read_image(file) for file in files])
     figure = statistics_figure(
         {label: power_spectrum(images).mean(0) for label, images in pictures.items()},
         {label: derivative_histogram(images) for label, images in pictures.items()},
@@ -529,9 +627,8 @@ def _write_figures(
     _replace(out / "fig6.png", figure.savefig, "png")
 
 
-def _picture(out: Path, label: str, scale: float, row: int) -> Path:
-    folder = re.sub(r"[^\w.=-]+", "_", label)
-    return out / "images" / folder / f"{scale:g}" / f"{row:04d}.png"
+def _picture(out: Path, spec: Spec, scale: float, row: int) -> Path:
+    return out / "images" / spec.folder() / f"{scale:g}" / f"{row:04d}.png"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -539,7 +636,6 @@ def _picture(out: Path, label: str, scale: float, row: int) -> Path:
 
 
 def gradients(
-    record: str,
     prior: Prior,
     image: Path,
     prompt: str,
@@ -558,7 +654,6 @@ def gradients(
     and a gradient's first three channels shown.
 
     Args:
-        record: the options as YAML; nothing is kept of them.
         prior: the diffusion model, by class_path and init_args.
         image: a file; its middle square is taken.
         prompt: y of g_cond.
@@ -578,7 +673,7 @@ def gradients(
     if out.suffix != ".png":
         raise ValueError(f"out must be a .png to write, got {out}")
     loss = LMC(corrector, guidance_scale, rescale=False)
-    picture = _middle_square(read_image(image), prior.image_size)
+    picture = middle_square(read_image(image)[None], prior.image_size)
     embedding = prior.embed(["", prompt]).to(device)
     loss.prepare(prior, device)
     prior.to(device)
@@ -670,8 +765,14 @@ def write_text(file: Path, text: str) -> None:
     os.replace(partial, file)
 
 
-def begin(out: Path, record: str) -> None:
-    """Make the folder of a result and write the settings into it.
+def check_out(out: Path, record: str) -> None:
+    """Refuse a folder that is not free for the result of some settings.
+
+    Settings without a result are those of a command that failed, and are no obstacle.
+
+    Args:
+        out: the folder.
+        record: the settings, as they are kept there.
 
     Raises:
         ValueError: it holds something that was not made with these settings.
@@ -680,11 +781,11 @@ def begin(out: Path, record: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not there.is_file():
             raise ValueError(f"{out} holds something else: name another folder")
-        if there.read_text() != record:
+        has_result = (out / RESULTS).exists() or any(out.rglob("*.png"))
+        if has_result and there.read_text() != record:
             raise ValueError(
                 f"{out} holds another result (see {there}): name another folder, or delete it"
             )
-    write_text(there, record)
 
 
 def _replace(file: Path, save: Callable[..., Any], format: str, **options: Any) -> None:
@@ -713,13 +814,6 @@ def _scale(image: Tensor, factor: float) -> Tensor:
     return F.interpolate(image, size, mode="bilinear", antialias=True)
 
 
-def _middle_square(image: Tensor, size: int) -> Tensor:
-    """(3, H, W) to (1, 3, size, size)."""
-    side = min(image.shape[1:])
-    top, left = ((length - side) // 2 for length in image.shape[1:])
-    return resize(image[None, :, top : top + side, left : left + side], size)
-
-
 COMMANDS: dict[str, Callable[..., None]] = {
     "synthesize": synthesize,
     "edit": edit,
@@ -743,16 +837,16 @@ def main(command: str, args: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     given.pop("config", None)
-    record = parser.dump(given, skip_none=False)
+    kept = {} if function is gradients else {"record": parser.dump(given, skip_none=False)}
     # Renamed in jsonargparse 4.49.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    function(record, **vars(instantiate(given)))
+    function(**kept, **vars(instantiate(given)))
 
 
 def command_line(command: str, args: Sequence[str]) -> tuple[Callable[..., None], Any]:
     """The function that `main` runs, and the parser of its options."""
     function = COMMANDS[command]
-    if command == "edit" and any(arg == "--list" or arg.startswith("--list=") for arg in args):
+    if command == "edit" and _has_list(args):
         function = edit_list
     parser: Any = jsonargparse.ArgumentParser(
         prog=f"lmc {command}",
@@ -761,8 +855,28 @@ def command_line(command: str, args: Sequence[str]) -> tuple[Callable[..., None]
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML with any of the options below")
-    parser.add_function_arguments(function, skip={"record"})
+    parser.add_function_arguments(function, skip=set() if function is gradients else {"record"})
     return function, parser
+
+
+def _has_list(args: Sequence[str]) -> bool:
+    """Whether --list is among the options, or in a file of --config."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    known.add_argument("--list")
+    known.add_argument("--config", action="append", default=[])
+    try:
+        given, _ = known.parse_known_args(args)
+    except argparse.ArgumentError:  # a value is missing: the full parser says it
+        return "--list" in args
+    if given.list is not None:
+        return True
+    for file in given.config:
+        try:
+            if "list" in (yaml.safe_load(Path(file).read_text()) or {}):
+                return True
+        except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError):
+            pass  # no such file, or no configuration: the full parser says it
+    return False
 
 
 def _numbers(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
