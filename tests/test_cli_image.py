@@ -14,10 +14,9 @@ from lmc.cli import main
 from lmc.corrector import FilterCorrector
 from lmc.evaluate import Clip, clip_score, distances, rmse
 from lmc.images import decode_image, resize
-from lmc.losses import LMC, NFSD, VSD, ScoreDistillation
+from lmc.losses import LMC, VSD, ScoreDistillation
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
-from lmc.specs import parse_specs
 
 import worlds
 
@@ -441,16 +440,6 @@ def test_configs_open_with_a_command_that_takes_them(file):
     assert "Expected:" in "".join(header) or "not run" in "".join(header)
     built = settings[function.__name__](**given.settings.as_dict())
     assert (built == settings[function.__name__]()) == file.stem.startswith("paper")
-
-
-def test_a_specs_loss_is_built_with_its_options_as_yaml():
-    lmc_loss, nfsd = (
-        spec.build(guidance_scale=3, rescale=False)
-        for spec in parse_specs("lmc:corrector=identity:fixed_noise=true,nfsd:negative_prompt=''")
-    )
-    assert isinstance(lmc_loss, LMC) and lmc_loss.fixed_noise is True
-    assert isinstance(nfsd, NFSD) and nfsd.negative_prompt == ""
-    assert (nfsd.guidance_scale, nfsd.rescale) == (3, False)
 
 
 def test_gradients_are_pictured(prior, world, tmp_path, monkeypatch):
