@@ -24,7 +24,7 @@ from lmc.images import ImageStream
 from lmc.release import load_averaged
 from lmc.report import table
 from lmc.specs import LOSSES, parse_specs
-from lmc.training.side_by_side import Stopped, TrainingFailed, Trainings
+from lmc.training.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
 
 import worlds
 
@@ -437,6 +437,16 @@ def test_threads_are_those_asked_for(tmp_path):
     source = "import os; print(os.environ['OMP_NUM_THREADS'])"
     trainings.train("a", python(source), tmp_path / "log")
     assert (tmp_path / "log").read_text() == "3\n"
+
+
+def test_the_log_of_a_retry_keeps_what_was_there(tmp_path):
+    log = tmp_path / "log"
+    for source, tail in (("print('one'); raise SystemExit(1)", "one\n"), ("exit(2)", "")):
+        with pytest.raises(TrainingFailed) as caught:
+            Trainings({"a": 1}, {"a": 1.0}).train("a", python(source), log)
+        assert caught.value.tail == tail, "of this session alone"
+    Trainings({"a": 1}, {"a": 1.0}).train("a", python("print('three')"), log)
+    assert log.read_text() == f"one\n{AGAIN}{AGAIN}three\n"
 
 
 def test_the_module_says_how_it_is_used():
