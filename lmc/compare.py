@@ -121,7 +121,7 @@ def compare(
     for run in runs:
         by_loss[run.spec.label][str(run.seed)] = failed.get(run.name) or {
             **measure(run.folder, run.folder, run.name),
-            **json.loads((run.folder / "training.json").read_text()),
+            **_trained(run),
             "evaluations_per_image": run.evaluations,
         }
     lines = [f"{name} failed, see {row['log']}" for name, row in failed.items()]
@@ -263,6 +263,15 @@ def _train(runs: Sequence[Run], base: Sequence[str], jobs: int, say: Say) -> dic
 
     trainings.run([partial(train, run) for run in left], jobs)
     return {run.name: failed[run.name] for run in runs if run.name in failed}
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    """'seconds' and 'steps' of a finished training."""
+    file = run.folder / "training.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    # This process was killed after the training's last checkpoint: its time is not known.
+    return {"seconds": None, "steps": run.steps}
 
 
 def _steps_done(folder: Path) -> int:

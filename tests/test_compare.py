@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +66,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_prior_folder: Path) -> 
     return folder
 
 
-@pytest.fixture
-def trained(monkeypatch) -> list[str]:
-    """Trains in this process, which is faster; the names of what was trained."""
-    names: list[str] = []
+def train_here(names: list[str]) -> Callable:
+    """In place of `Trainings.train`: in this process, which is faster; notes the names."""
 
     def train(self: Trainings, name: str, command: list[str], log: Path) -> None:
         assert command[:3] == [sys.executable, "-m", "lmc.training"]
@@ -79,8 +79,31 @@ def trained(monkeypatch) -> list[str]:
             log.write_text(f"first line\n{error}\n")
             raise TrainingFailed(name, log) from error
 
-    monkeypatch.setattr(Trainings, "train", train)
+    return train
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """Trains in this process; the names of what was trained."""
+    names: list[str] = []
+    monkeypatch.setattr(Trainings, "train", train_here(names))
     return names
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two losses with two seeds. Shared: see `copy`."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainings, "train", train_here([]))
+        main(args(world, out, "cond,sds", "--seeds", "0,1"))
+    return out
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """It in a folder of its own."""
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def args(world: Path, out: Path, losses: str | None, *more: str, config: str = "LMC") -> list[str]:
@@ -301,6 +324,23 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert "cond.init_args.guidance_scale is 5.0 there and 6.0 here" in said
     main(args(world, out, "cond", "--seeds", "2"))
     assert not trained
+
+
+def results(out: Path) -> dict:
+    """The rows of results.json."""
+    return json.loads((out / "results.json").read_text())["losses"]
+
+
+def test_a_training_whose_time_is_not_known(world, trained, copy):
+    """Killed after the last checkpoint, before training.json was written."""
+    for seed in (0, 1):
+        (copy / "cond" / f"seed{seed}" / "training.json").unlink()
+    main(args(world, copy, "cond,sds", "--seeds", "0,1"))
+    assert not trained
+    for row in results(copy)["cond"].values():
+        assert row["seconds"] is None and row["steps"] == STEPS
+    markdown = (copy / "table.md").read_text()
+    assert cells(markdown, "cond")[5] == "–" and cells(markdown, "sds")[5] != "–"
 
 
 def test_seed_and_folder_by_default(world, trained, tmp_path, monkeypatch):
