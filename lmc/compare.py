@@ -21,6 +21,7 @@ from lmc.losses import ScoreDistillation
 from lmc.priors import Prior
 from lmc.release import load_averaged
 from lmc.report import labelled_grid, table
+from lmc.schedule import TimeSchedule
 from lmc.specs import Spec
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model, per_image
@@ -169,6 +170,11 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> None:
     config = next(iter(configs.values()))
     if config["trainer"]["max_steps"] < 1:
         raise ValueError("trainer.max_steps must say how many steps to train")
+    if config["model"]["time"] is not None:
+        try:
+            _build(TimeSchedule, config["model"]["time"])
+        except ValueError as error:
+            raise ValueError(f"model.time: {error}") from error
     build_model(TranslatorTraining, config["model"], _build(Prior, config["model"]["prior"]))
     for split in ("train", "heldout"):
         data = config["data"]

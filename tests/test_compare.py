@@ -31,6 +31,7 @@ from lmc.training.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
 import worlds
 
 STEPS = 4
+TIME = ["--model.time=lmc.schedule.UniformTime", "--model.time.time_range=[0.9,0.1]"]
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,7 @@ def test_refused_specs(text, words):
         ("sds", ["--", "--trainer.max_steps=-1"], "max_steps"),
         ("sds", ["--", "--trainer.no_such=1"], "no_such"),
         ("sds", ["--", "--model.prompt=a photo"], "has no {}"),
+        ("sds", ["--", *TIME], r"model\.time: time_range .*\[0\.9, 0\.1\]"),
         ("sds", ["--", "--data.heldout=no/such-*.tar"], "no shards at no/such"),
         ("sds", ["--", "--model.prior.init_args.pretrained=no/prior/at"], "no/prior/at"),
         ("sds", ["--clip", "no/clip/at"], "no/clip/at"),
