@@ -101,8 +101,10 @@ def compare(
     if seeds is None:
         own = common["seed_everything"]
         seeds = [own if type(own) is int else 0]
-    _check(configs)
+    prior, prompts, negative = _check(configs)
     model = Clip(clip, device)
+    say("embedding the prompts that are not in the cache yet")
+    _embed(prior, prompts, negative)
     _claim(out, configs)
     runs = [
         Run(
@@ -154,9 +156,14 @@ def _configure(reader: ConfigReader, spec: Spec, args: Sequence[str]) -> dict[st
         raise ValueError(f"the loss {spec.label!r}: {' '.join(str(error).split())}") from error
 
 
-def _check(configs: Mapping[str, dict[str, Any]]) -> None:
-    """Find out what is wrong with the configurations, by loss, as far as it needs no weights."""
+def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dict[str, str]]:
+    """Find out what is wrong with the configurations, by loss, as far as it needs no weights.
+
+    Returns:
+        The prior, the prompts of every loss, and the negative ones of those that have one.
+    """
     seen: dict[str, str] = {}
+    negative: dict[str, str] = {}
     for label, config in configs.items():
         same = seen.setdefault(json.dumps(config["model"]["loss"]), label)
         if same != label:
@@ -164,9 +171,11 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> None:
                 f"the losses {same!r} and {label!r} are one and the same with this configuration"
             )
         try:
-            _build(ScoreDistillation, config["model"]["loss"])
+            loss = _build(ScoreDistillation, config["model"]["loss"])
         except (OSError, ValueError) as error:
             raise ValueError(f"the loss {label!r}: {error}") from error
+        if loss.negative_prompt is not None:
+            negative[label] = loss.negative_prompt
     config = next(iter(configs.values()))
     if config["trainer"]["max_steps"] < 1:
         raise ValueError("trainer.max_steps must say how many steps to train")
@@ -175,10 +184,33 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> None:
             _build(TimeSchedule, config["model"]["time"])
         except ValueError as error:
             raise ValueError(f"model.time: {error}") from error
-    build_model(TranslatorTraining, config["model"], _build(Prior, config["model"]["prior"]))
+    prior = _build(Prior, config["model"]["prior"])
+    model: Any = build_model(TranslatorTraining, config["model"], prior)
     for split in ("train", "heldout"):
         data = config["data"]
         ImageStream(data[split], data["image_size"], 1, training=False).check()
+    return prior, model.prompts, negative
+
+
+def _embed(prior: Prior, prompts: Sequence[str], negative: Mapping[str, str]) -> None:
+    """Embed all prompts into the cache, so that no training loads a text encoder of its own.
+
+    Raises:
+        ValueError: the prior, a class-conditional one, does not know a prompt; says whose it is.
+    """
+    try:
+        prior.embed([*prompts, *negative.values()])
+        return
+    except ValueError as error:
+        # Whose it was is asked then only: all in one call load the text encoder once.
+        for label, prompt in negative.items():
+            try:
+                prior.embed([prompt])
+            except ValueError as its_own:
+                raise ValueError(
+                    f"the loss {label!r}: {its_own}: set negative_prompt to ''"
+                ) from its_own
+        raise ValueError(f"model.prompt, for every loss: {error}") from error
 
 
 def _build(kind: Any, config: dict[str, Any]) -> Any:

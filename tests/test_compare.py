@@ -23,6 +23,8 @@ import lmc.training.__main__ as training
 from lmc.cli import main
 from lmc.evaluate import Clip, evaluate_translator
 from lmc.images import ImageStream
+from lmc.losses import NEGATIVE_PROMPT
+from lmc.priors import DiffusersPrior
 from lmc.release import load_averaged
 from lmc.report import table
 from lmc.specs import LOSSES, parse_specs
@@ -211,6 +213,46 @@ def test_refused_specs(text, words):
 def test_refused_before_anything_is_trained(world, trained, tmp_path, losses, more, words):
     out = tmp_path / "out"
     assert re.search(words, message(*args(world, out, losses, *more, config="SDS")), re.DOTALL)
+    assert not trained and not out.exists()
+
+
+def test_prompts_are_embedded_once_and_before_the_trainings(world, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("LMC_CACHE", str(tmp_path / "cold"))
+    encode, encoded = DiffusersPrior._encode_text, []
+
+    def note(self: DiffusersPrior, prompts: list[str]) -> object:
+        encoded.append((list(trained), sorted(prompts)))
+        return encode(self, prompts)
+
+    monkeypatch.setattr(DiffusersPrior, "_encode_text", note)
+    losses = "nfsd,nfsd:negative_prompt=a cat:guidance_scale=3"
+    more = ("--", "--trainer.max_steps=1", "--save_every=1")
+    main(args(world, tmp_path / "out", losses, "--seeds", "0", *more, config="SDS"))
+    assert len(trained) == 2
+    photos = [f"a photo of a {name}" for name in ("bear", "cat", "dog")]
+    assert encoded == [([], sorted(["", "a cat", *photos, NEGATIVE_PROMPT]))]
+
+
+@pytest.mark.parametrize(
+    ("losses", "prompt", "words"),
+    [
+        ("sds,nfsd", "{}", "the loss 'nfsd'.*no class 'unrealistic.*set negative_prompt to ''$"),
+        ("sds", "a {}", "model.prompt, for every loss: .*no class 'a tabby'"),
+        ("nfsd:negative_prompt=,sds", "a {}", "model.prompt, for every loss"),
+    ],
+)
+def test_prompts_that_name_no_class(
+    world, trained, family_folder, tmp_path, losses, prompt, words
+):
+    out = tmp_path / "out"
+    options = {
+        "prior.init_args.pretrained": family_folder("ddpm"),
+        "classes": "[lion,bruin]",
+        "source": "tabby",
+        "prompt": prompt,
+    }
+    more = [f"--model.{key}={value}" for key, value in options.items()]
+    assert re.search(words, message(*args(world, out, losses, "--", *more, config="SDS")))
     assert not trained and not out.exists()
 
 
