@@ -1,5 +1,6 @@
 """The translator trained with one loss after another at equal steps and seeds, and measured."""
 
+import hashlib
 import json
 import os
 import sys
@@ -230,6 +231,7 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> None:
     here: dict[str, Any] = {key: value for key, value in first.items() if key not in apart}
     here["model"] = {key: value for key, value in first["model"].items() if key != "loss"}
     here = {"config": here, "losses": {k: c["model"]["loss"] for k, c in configs.items()}}
+    here["correctors"] = _correctors(here["losses"])
     if file.exists():
         there = json.loads(file.read_text())
         shared = here["losses"].keys() & there["losses"].keys()
@@ -247,11 +249,30 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> None:
                 f"{out} holds the comparison of another configuration: {'; '.join(different[:5])}. "
                 "Name another folder (--out)"
             )
+        correctors = there.get("correctors", {})  # absent from those of an older version
+        for name, digest in here["correctors"].items():
+            if correctors.get(name, digest) != digest:
+                raise ValueError(
+                    f"{out} holds the comparison of another corrector: the weights at {name} "
+                    "have changed since. Name another folder (--out)"
+                )
         here["losses"] = there["losses"] | here["losses"]
+        here["correctors"] = correctors | here["correctors"]
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is there and is no comparison: name another folder (--out)")
     out.mkdir(parents=True, exist_ok=True)
     _write(file, json.dumps(here, indent=1))
+
+
+def _correctors(losses: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """SHA-256 of the weights of the correctors that are local folders, by folder."""
+    names = {str((loss.get("init_args") or {}).get("corrector")) for loss in losses.values()}
+    files = {name: Path(name) / "model.safetensors" for name in sorted(names)}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file.exists()
+    }
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import lmc.training.__main__ as training
 from lmc.cli import main
+from lmc.corrector import Corrector
 from lmc.evaluate import Clip, evaluate_translator
 from lmc.images import ImageStream
 from lmc.losses import NEGATIVE_PROMPT
@@ -241,9 +242,7 @@ def test_prompts_are_embedded_once_and_before_the_trainings(world, trained, tmp_
         ("nfsd:negative_prompt=,sds", "a {}", "model.prompt, for every loss"),
     ],
 )
-def test_prompts_that_name_no_class(
-    world, trained, family_folder, tmp_path, losses, prompt, words
-):
+def test_prompts_that_name_no_class(world, trained, family_folder, tmp_path, losses, prompt, words):
     out = tmp_path / "out"
     options = {
         "prior.init_args.pretrained": family_folder("ddpm"),
@@ -385,6 +384,30 @@ def test_a_training_whose_time_is_not_known(world, trained, copy):
         assert row["seconds"] is None and row["steps"] == STEPS
     markdown = (copy / "table.md").read_text()
     assert cells(markdown, "cond")[5] == "–" and cells(markdown, "sds")[5] != "–"
+
+
+def test_a_corrector_trained_again_is_another(world, trained, tiny_prior_folder, tmp_path):
+    """At the same path; results of the old one stay what they are."""
+    identity = DiffusersPrior(str(tiny_prior_folder)).identity
+    at, out = tmp_path / "corrector", tmp_path / "out"
+    command = args(world, out, f"cond,lmc:corrector={at}", "--", "--trainer.max_steps=1")
+    Corrector(3, [8, 8], prior=identity).save_pretrained(at)
+    main(command)
+    trained.clear()
+    # Written again with the same weights it is the same; so is one of a comparison without digests.
+    Corrector.from_pretrained(at).save_pretrained(at)
+    main(command)
+    record = json.loads((out / "comparison.json").read_text())
+    del record["correctors"]
+    (out / "comparison.json").write_text(json.dumps(record))
+    main(command)
+    Corrector(3, [8, 8], prior=identity).save_pretrained(at)
+    kept = (out / "comparison.json").read_text()
+    for losses in (f"lmc:corrector={at}", f"lmc:corrector={at}:guidance_scale=2"):
+        said = message(*args(world, out, losses, "--", "--trainer.max_steps=1"))
+        assert f"the weights at {at} have changed" in said and "--out" in said
+    assert not trained and (out / "comparison.json").read_text() == kept
+    main(args(world, out, "cond", "--", "--trainer.max_steps=1"))  # which has no corrector
 
 
 def test_seed_and_folder_by_default(world, trained, tmp_path, monkeypatch):
