@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,7 @@ from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
 from lmc.priors import Prior
 from lmc.release import load_averaged
+from lmc.report import COLUMNS as MEASURED
 from lmc.report import labelled_grid, table
 from lmc.schedule import TimeSchedule
 from lmc.specs import Spec
@@ -89,7 +92,7 @@ def compare(
         say: where lines of progress go.
 
     Returns:
-        What failed, a line each: the name of the training and its log.
+        What failed, a line each: the name of the training, or of its measurement, and its log.
 
     Raises:
         OSError, ValueError: the configuration, a loss or a folder is not what it must be. Nothing
@@ -123,19 +126,24 @@ def compare(
     source = measure(None, out / "source", "the source images")
     by_loss: dict[str, dict[str, Any]] = {spec.label: {} for spec in specs}
     for run in runs:
-        by_loss[run.spec.label][str(run.seed)] = failed.get(run.name) or {
-            **measure(run.folder, run.folder, run.name),
-            **_trained(run),
-            "evaluations_per_image": run.evaluations,
-        }
+        if run.name not in failed:
+            try:
+                row = _finite(measure(run.folder, run.folder, run.name))
+            except Exception as error:  # whatever it is, the others have their rows
+                failed[run.name] = _not_measured(run, error, say)
+            else:
+                more = {"evaluations_per_image": run.evaluations}
+                by_loss[run.spec.label][str(run.seed)] = {**row, **_trained(run), **more}
+                continue
+        by_loss[run.spec.label][str(run.seed)] = failed[run.name]
     lines = [f"{name} failed, see {row['log']}" for name, row in failed.items()]
     text = "\n\n".join([_table(source, by_loss), *lines])
     _write(out / "results.json", json.dumps({"source": source, "losses": by_loss}, indent=1))
     _write(out / "table.md", text)
     # Of each loss the first seed that did not fail.
     shown = {run.spec.label: run.folder for run in reversed(runs) if run.name not in failed}
-    _picture(dict(reversed(shown.items())), common, out)
     say(text)
+    lines += _picture(dict(reversed(shown.items())), common, out, say)
     return lines
 
 
@@ -378,22 +386,50 @@ def _measure(
     return measured
 
 
-def _picture(runs: Mapping[str, Path], config: Mapping[str, Any], out: Path) -> None:
-    """grid.png: held-out images, then a block a loss with a row a class, of the same images."""
+def _finite(measured: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, unless a figure of the table is NaN: so are weights that diverged."""
+    for key in MEASURED:
+        if not math.isfinite(measured[key]):
+            raise ValueError(f"{key} is {measured[key]}: the averaged weights may not be finite")
+    return measured
+
+
+def _not_measured(run: Run, error: Exception, say: Say) -> dict[str, Any]:
+    """The row of a run that was trained and cannot be measured; the whole error is in its log."""
+    log = run.folder / "log.txt"
+    with open(log, "a") as file:
+        traceback.print_exception(error, file=file)
+    why = f"it cannot be measured: {error}"
+    say(f"{run.name} failed, see {log}:\n{why}")
+    return {"failed": why, "log": str(log)}
+
+
+def _picture(runs: Mapping[str, Path], config: Mapping[str, Any], out: Path, say: Say) -> list[str]:
+    """grid.png: held-out images, then a block a loss with a row a class, of the same images.
+
+    Returns:
+        A line for each loss that could not be drawn.
+    """
     data, model = config["data"], config["model"]
     stream = ImageStream(data["heldout"], data["image_size"], PICTURES, training=False)
     source = next(iter(stream)).image
     blocks = {"held-out images": {model["source"]: source}}
+    lines: list[str] = []
     for label, run in runs.items():
-        translator = _translator(run)
-        with torch.no_grad():
-            blocks[label] = {
-                target: translator(source, translator.class_ids([target] * len(source)))
-                for target in model["classes"]
-            }
+        try:
+            translator = _translator(run)
+            with torch.no_grad():
+                blocks[label] = {
+                    target: translator(source, translator.class_ids([target] * len(source)))
+                    for target in model["classes"]
+                }
+        except Exception as error:  # as with the table
+            lines.append(f"{label} is not in grid.png: {error}")
+            say(lines[-1])
     partial_file = out / "grid.partial.png"
     labelled_grid(blocks).save(partial_file)
     os.replace(partial_file, out / "grid.png")
+    return lines
 
 
 def _translator(run: Path) -> Translator:

@@ -19,6 +19,7 @@ from PIL import Image
 from test_evaluate import build_clip_folder
 from torch.utils.data import DataLoader
 
+import lmc.compare
 import lmc.training.__main__ as training
 from lmc.cli import main
 from lmc.corrector import Corrector
@@ -384,6 +385,56 @@ def test_a_training_whose_time_is_not_known(world, trained, copy):
         assert row["seconds"] is None and row["steps"] == STEPS
     markdown = (copy / "table.md").read_text()
     assert cells(markdown, "cond")[5] == "–" and cells(markdown, "sds")[5] != "–"
+
+
+def damage(out: Path, run: str, change: Callable[[dict], object]) -> None:
+    """Change the last checkpoint of a run."""
+    file = out / run / "checkpoints" / "last.ckpt"
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+
+
+def test_a_run_that_cannot_be_measured(world, trained, copy):
+    """Weights that diverged, a checkpoint of nothing known: the others have rows and pictures."""
+    before = results(copy)
+    for seed in (0, 1):
+        damage(
+            copy,
+            f"sds/seed{seed}",
+            lambda state: [w.mul_(torch.nan) for w in state["state_dict"].values() if w.ndim],
+        )
+    damage(copy, "cond/seed1", lambda state: state["network"].update({"class": "Other"}))
+    (copy / "grid.png").unlink()
+    said = message(*args(world, copy, "cond,sds", "--seeds", "0,1"))
+    assert "3 trainings failed, or could not be measured" in said and not trained
+    rows = results(copy)
+    assert rows["cond"]["0"] == before["cond"]["0"]
+    for label, seed, why in (
+        ("cond", "1", "no checkpoint of"),
+        ("sds", "0", " is nan"),
+        ("sds", "1", " is nan"),
+    ):
+        assert set(rows[label][seed]) == {"failed", "log"} and why in rows[label][seed]["failed"]
+        assert why in Path(rows[label][seed]["log"]).read_text()
+    markdown = (copy / "table.md").read_text()
+    assert cells(markdown, "cond (1 of 2 seeds)")[0] == f"{rows['cond']['0']['distance']:.3f}"
+    assert cells(markdown, "sds")[0] == "failed" and "sds seed 1 failed, see" in markdown
+    assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
+
+
+def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
+    drawn = lmc.compare._translator
+
+    def failing(run: Path) -> object:
+        if run.parent.name == "sds":
+            raise RuntimeError("no room")
+        return drawn(run)
+
+    monkeypatch.setattr(lmc.compare, "_translator", failing)
+    assert "1 trainings failed" in message(*args(world, copy, "cond,sds", "--seeds", "0,1"))
+    assert "sds is not in grid.png: no room" in capsys.readouterr().out
+    assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
 
 
 def test_a_corrector_trained_again_is_another(world, trained, tiny_prior_folder, tmp_path):
