@@ -1,9 +1,12 @@
 """The translator trained with one loss after another at equal steps and seeds, and measured."""
 
+import hashlib
 import json
+import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +23,9 @@ from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
 from lmc.priors import Prior
 from lmc.release import load_averaged
+from lmc.report import COLUMNS as MEASURED
 from lmc.report import labelled_grid, table
+from lmc.schedule import TimeSchedule
 from lmc.specs import Spec
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model, per_image
@@ -87,7 +92,7 @@ def compare(
         say: where lines of progress go.
 
     Returns:
-        What failed, a line each: the name of the training and its log.
+        What failed, a line each: the name of the training, or of its measurement, and its log.
 
     Raises:
         OSError, ValueError: the configuration, a loss or a folder is not what it must be. Nothing
@@ -100,8 +105,10 @@ def compare(
     if seeds is None:
         own = common["seed_everything"]
         seeds = [own if type(own) is int else 0]
-    _check(configs)
+    prior, prompts, negative = _check(configs)
     model = Clip(clip, device)
+    say("embedding the prompts that are not in the cache yet")
+    _embed(prior, prompts, negative)
     _claim(out, configs)
     runs = [
         Run(
@@ -119,19 +126,24 @@ def compare(
     source = measure(None, out / "source", "the source images")
     by_loss: dict[str, dict[str, Any]] = {spec.label: {} for spec in specs}
     for run in runs:
-        by_loss[run.spec.label][str(run.seed)] = failed.get(run.name) or {
-            **measure(run.folder, run.folder, run.name),
-            **json.loads((run.folder / "training.json").read_text()),
-            "evaluations_per_image": run.evaluations,
-        }
+        if run.name not in failed:
+            try:
+                row = _finite(measure(run.folder, run.folder, run.name))
+            except Exception as error:  # whatever it is, the others have their rows
+                failed[run.name] = _not_measured(run, error, say)
+            else:
+                more = {"evaluations_per_image": run.evaluations}
+                by_loss[run.spec.label][str(run.seed)] = {**row, **_trained(run), **more}
+                continue
+        by_loss[run.spec.label][str(run.seed)] = failed[run.name]
     lines = [f"{name} failed, see {row['log']}" for name, row in failed.items()]
     text = "\n\n".join([_table(source, by_loss), *lines])
     _write(out / "results.json", json.dumps({"source": source, "losses": by_loss}, indent=1))
     _write(out / "table.md", text)
     # Of each loss the first seed that did not fail.
     shown = {run.spec.label: run.folder for run in reversed(runs) if run.name not in failed}
-    _picture(dict(reversed(shown.items())), common, out)
     say(text)
+    lines += _picture(dict(reversed(shown.items())), common, out, say)
     return lines
 
 
@@ -153,9 +165,14 @@ def _configure(reader: ConfigReader, spec: Spec, args: Sequence[str]) -> dict[st
         raise ValueError(f"the loss {spec.label!r}: {' '.join(str(error).split())}") from error
 
 
-def _check(configs: Mapping[str, dict[str, Any]]) -> None:
-    """Find out what is wrong with the configurations, by loss, as far as it needs no weights."""
+def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dict[str, str]]:
+    """Find out what is wrong with the configurations, by loss, as far as it needs no weights.
+
+    Returns:
+        The prior, the prompts of every loss, and the negative ones of those that have one.
+    """
     seen: dict[str, str] = {}
+    negative: dict[str, str] = {}
     for label, config in configs.items():
         same = seen.setdefault(json.dumps(config["model"]["loss"]), label)
         if same != label:
@@ -163,16 +180,46 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> None:
                 f"the losses {same!r} and {label!r} are one and the same with this configuration"
             )
         try:
-            _build(ScoreDistillation, config["model"]["loss"])
+            loss = _build(ScoreDistillation, config["model"]["loss"])
         except (OSError, ValueError) as error:
             raise ValueError(f"the loss {label!r}: {error}") from error
+        if loss.negative_prompt is not None:
+            negative[label] = loss.negative_prompt
     config = next(iter(configs.values()))
     if config["trainer"]["max_steps"] < 1:
         raise ValueError("trainer.max_steps must say how many steps to train")
-    build_model(TranslatorTraining, config["model"], _build(Prior, config["model"]["prior"]))
+    if config["model"]["time"] is not None:
+        try:
+            _build(TimeSchedule, config["model"]["time"])
+        except ValueError as error:
+            raise ValueError(f"model.time: {error}") from error
+    prior = _build(Prior, config["model"]["prior"])
+    model: Any = build_model(TranslatorTraining, config["model"], prior)
     for split in ("train", "heldout"):
         data = config["data"]
         ImageStream(data[split], data["image_size"], 1, training=False).check()
+    return prior, model.prompts, negative
+
+
+def _embed(prior: Prior, prompts: Sequence[str], negative: Mapping[str, str]) -> None:
+    """Embed all prompts into the cache, so that no training loads a text encoder of its own.
+
+    Raises:
+        ValueError: the prior, a class-conditional one, does not know a prompt; says whose it is.
+    """
+    try:
+        prior.embed([*prompts, *negative.values()])
+        return
+    except ValueError as error:
+        # Whose it was is asked then only: all in one call load the text encoder once.
+        for label, prompt in negative.items():
+            try:
+                prior.embed([prompt])
+            except ValueError as its_own:
+                raise ValueError(
+                    f"the loss {label!r}: {its_own}: set negative_prompt to ''"
+                ) from its_own
+        raise ValueError(f"model.prompt, for every loss: {error}") from error
 
 
 def _build(kind: Any, config: dict[str, Any]) -> Any:
@@ -192,6 +239,7 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> None:
     here: dict[str, Any] = {key: value for key, value in first.items() if key not in apart}
     here["model"] = {key: value for key, value in first["model"].items() if key != "loss"}
     here = {"config": here, "losses": {k: c["model"]["loss"] for k, c in configs.items()}}
+    here["correctors"] = _correctors(here["losses"])
     if file.exists():
         there = json.loads(file.read_text())
         shared = here["losses"].keys() & there["losses"].keys()
@@ -209,11 +257,30 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> None:
                 f"{out} holds the comparison of another configuration: {'; '.join(different[:5])}. "
                 "Name another folder (--out)"
             )
+        correctors = there.get("correctors", {})  # absent from those of an older version
+        for name, digest in here["correctors"].items():
+            if correctors.get(name, digest) != digest:
+                raise ValueError(
+                    f"{out} holds the comparison of another corrector: the weights at {name} "
+                    "have changed since. Name another folder (--out)"
+                )
         here["losses"] = there["losses"] | here["losses"]
+        here["correctors"] = correctors | here["correctors"]
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is there and is no comparison: name another folder (--out)")
     out.mkdir(parents=True, exist_ok=True)
     _write(file, json.dumps(here, indent=1))
+
+
+def _correctors(losses: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """SHA-256 of the weights of the correctors that are local folders, by folder."""
+    names = {str((loss.get("init_args") or {}).get("corrector")) for loss in losses.values()}
+    files = {name: Path(name) / "model.safetensors" for name in sorted(names)}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file.exists()
+    }
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -265,6 +332,15 @@ def _train(runs: Sequence[Run], base: Sequence[str], jobs: int, say: Say) -> dic
     return {run.name: failed[run.name] for run in runs if run.name in failed}
 
 
+def _trained(run: Run) -> dict[str, Any]:
+    """'seconds' and 'steps' of a finished training."""
+    file = run.folder / "training.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    # This process was killed after the training's last checkpoint: its time is not known.
+    return {"seconds": None, "steps": run.steps}
+
+
 def _steps_done(folder: Path) -> int:
     """The step of a run's checkpoint; 0 where there is none, or none that can be read."""
     file = folder / "checkpoints" / "last.ckpt"
@@ -310,22 +386,50 @@ def _measure(
     return measured
 
 
-def _picture(runs: Mapping[str, Path], config: Mapping[str, Any], out: Path) -> None:
-    """grid.png: held-out images, then a block a loss with a row a class, of the same images."""
+def _finite(measured: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, unless a figure of the table is NaN: so are weights that diverged."""
+    for key in MEASURED:
+        if not math.isfinite(measured[key]):
+            raise ValueError(f"{key} is {measured[key]}: the averaged weights may not be finite")
+    return measured
+
+
+def _not_measured(run: Run, error: Exception, say: Say) -> dict[str, Any]:
+    """The row of a run that was trained and cannot be measured; the whole error is in its log."""
+    log = run.folder / "log.txt"
+    with open(log, "a") as file:
+        traceback.print_exception(error, file=file)
+    why = f"it cannot be measured: {error}"
+    say(f"{run.name} failed, see {log}:\n{why}")
+    return {"failed": why, "log": str(log)}
+
+
+def _picture(runs: Mapping[str, Path], config: Mapping[str, Any], out: Path, say: Say) -> list[str]:
+    """grid.png: held-out images, then a block a loss with a row a class, of the same images.
+
+    Returns:
+        A line for each loss that could not be drawn.
+    """
     data, model = config["data"], config["model"]
     stream = ImageStream(data["heldout"], data["image_size"], PICTURES, training=False)
     source = next(iter(stream)).image
     blocks = {"held-out images": {model["source"]: source}}
+    lines: list[str] = []
     for label, run in runs.items():
-        translator = _translator(run)
-        with torch.no_grad():
-            blocks[label] = {
-                target: translator(source, translator.class_ids([target] * len(source)))
-                for target in model["classes"]
-            }
+        try:
+            translator = _translator(run)
+            with torch.no_grad():
+                blocks[label] = {
+                    target: translator(source, translator.class_ids([target] * len(source)))
+                    for target in model["classes"]
+                }
+        except Exception as error:  # as with the table
+            lines.append(f"{label} is not in grid.png: {error}")
+            say(lines[-1])
     partial_file = out / "grid.partial.png"
     labelled_grid(blocks).save(partial_file)
     os.replace(partial_file, out / "grid.png")
+    return lines
 
 
 def _translator(run: Path) -> Translator:

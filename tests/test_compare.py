@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +19,23 @@ from PIL import Image
 from test_evaluate import build_clip_folder
 from torch.utils.data import DataLoader
 
+import lmc.compare
 import lmc.training.__main__ as training
 from lmc.cli import main
+from lmc.corrector import Corrector
 from lmc.evaluate import Clip, evaluate_translator
 from lmc.images import ImageStream
+from lmc.losses import NEGATIVE_PROMPT
+from lmc.priors import DiffusersPrior
 from lmc.release import load_averaged
 from lmc.report import table
 from lmc.specs import LOSSES, parse_specs
-from lmc.training.side_by_side import Stopped, TrainingFailed, Trainings
+from lmc.training.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
 
 import worlds
 
 STEPS = 4
+TIME = ["--model.time=lmc.schedule.UniformTime", "--model.time.time_range=[0.9,0.1]"]
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +71,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_prior_folder: Path) -> 
     return folder
 
 
-@pytest.fixture
-def trained(monkeypatch) -> list[str]:
-    """Trains in this process, which is faster; the names of what was trained."""
-    names: list[str] = []
+def train_here(names: list[str]) -> Callable:
+    """In place of `Trainings.train`: in this process, which is faster; notes the names."""
 
     def train(self: Trainings, name: str, command: list[str], log: Path) -> None:
         assert command[:3] == [sys.executable, "-m", "lmc.training"]
@@ -79,8 +84,31 @@ def trained(monkeypatch) -> list[str]:
             log.write_text(f"first line\n{error}\n")
             raise TrainingFailed(name, log) from error
 
-    monkeypatch.setattr(Trainings, "train", train)
+    return train
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """Trains in this process; the names of what was trained."""
+    names: list[str] = []
+    monkeypatch.setattr(Trainings, "train", train_here(names))
     return names
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two losses with two seeds. Shared: see `copy`."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainings, "train", train_here([]))
+        main(args(world, out, "cond,sds", "--seeds", "0,1"))
+    return out
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """It in a folder of its own."""
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def args(world: Path, out: Path, losses: str | None, *more: str, config: str = "LMC") -> list[str]:
@@ -178,6 +206,7 @@ def test_refused_specs(text, words):
         ("sds", ["--", "--trainer.max_steps=-1"], "max_steps"),
         ("sds", ["--", "--trainer.no_such=1"], "no_such"),
         ("sds", ["--", "--model.prompt=a photo"], "has no {}"),
+        ("sds", ["--", *TIME], r"model\.time: time_range .*\[0\.9, 0\.1\]"),
         ("sds", ["--", "--data.heldout=no/such-*.tar"], "no shards at no/such"),
         ("sds", ["--", "--model.prior.init_args.pretrained=no/prior/at"], "no/prior/at"),
         ("sds", ["--clip", "no/clip/at"], "no/clip/at"),
@@ -186,6 +215,44 @@ def test_refused_specs(text, words):
 def test_refused_before_anything_is_trained(world, trained, tmp_path, losses, more, words):
     out = tmp_path / "out"
     assert re.search(words, message(*args(world, out, losses, *more, config="SDS")), re.DOTALL)
+    assert not trained and not out.exists()
+
+
+def test_prompts_are_embedded_once_and_before_the_trainings(world, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("LMC_CACHE", str(tmp_path / "cold"))
+    encode, encoded = DiffusersPrior._encode_text, []
+
+    def note(self: DiffusersPrior, prompts: list[str]) -> object:
+        encoded.append((list(trained), sorted(prompts)))
+        return encode(self, prompts)
+
+    monkeypatch.setattr(DiffusersPrior, "_encode_text", note)
+    losses = "nfsd,nfsd:negative_prompt=a cat:guidance_scale=3"
+    more = ("--", "--trainer.max_steps=1", "--save_every=1")
+    main(args(world, tmp_path / "out", losses, "--seeds", "0", *more, config="SDS"))
+    assert len(trained) == 2
+    photos = [f"a photo of a {name}" for name in ("bear", "cat", "dog")]
+    assert encoded == [([], sorted(["", "a cat", *photos, NEGATIVE_PROMPT]))]
+
+
+@pytest.mark.parametrize(
+    ("losses", "prompt", "words"),
+    [
+        ("sds,nfsd", "{}", "the loss 'nfsd'.*no class 'unrealistic.*set negative_prompt to ''$"),
+        ("sds", "a {}", "model.prompt, for every loss: .*no class 'a tabby'"),
+        ("nfsd:negative_prompt=,sds", "a {}", "model.prompt, for every loss"),
+    ],
+)
+def test_prompts_that_name_no_class(world, trained, family_folder, tmp_path, losses, prompt, words):
+    out = tmp_path / "out"
+    options = {
+        "prior.init_args.pretrained": family_folder("ddpm"),
+        "classes": "[lion,bruin]",
+        "source": "tabby",
+        "prompt": prompt,
+    }
+    more = [f"--model.{key}={value}" for key, value in options.items()]
+    assert re.search(words, message(*args(world, out, losses, "--", *more, config="SDS")))
     assert not trained and not out.exists()
 
 
@@ -301,6 +368,97 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert "cond.init_args.guidance_scale is 5.0 there and 6.0 here" in said
     main(args(world, out, "cond", "--seeds", "2"))
     assert not trained
+
+
+def results(out: Path) -> dict:
+    """The rows of results.json."""
+    return json.loads((out / "results.json").read_text())["losses"]
+
+
+def test_a_training_whose_time_is_not_known(world, trained, copy):
+    """Killed after the last checkpoint, before training.json was written."""
+    for seed in (0, 1):
+        (copy / "cond" / f"seed{seed}" / "training.json").unlink()
+    main(args(world, copy, "cond,sds", "--seeds", "0,1"))
+    assert not trained
+    for row in results(copy)["cond"].values():
+        assert row["seconds"] is None and row["steps"] == STEPS
+    markdown = (copy / "table.md").read_text()
+    assert cells(markdown, "cond")[5] == "–" and cells(markdown, "sds")[5] != "–"
+
+
+def damage(out: Path, run: str, change: Callable[[dict], object]) -> None:
+    """Change the last checkpoint of a run."""
+    file = out / run / "checkpoints" / "last.ckpt"
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+
+
+def test_a_run_that_cannot_be_measured(world, trained, copy):
+    """Weights that diverged, a checkpoint of nothing known: the others have rows and pictures."""
+    before = results(copy)
+    for seed in (0, 1):
+        damage(
+            copy,
+            f"sds/seed{seed}",
+            lambda state: [w.mul_(torch.nan) for w in state["state_dict"].values() if w.ndim],
+        )
+    damage(copy, "cond/seed1", lambda state: state["network"].update({"class": "Other"}))
+    (copy / "grid.png").unlink()
+    said = message(*args(world, copy, "cond,sds", "--seeds", "0,1"))
+    assert "3 trainings failed, or could not be measured" in said and not trained
+    rows = results(copy)
+    assert rows["cond"]["0"] == before["cond"]["0"]
+    for label, seed, why in (
+        ("cond", "1", "no checkpoint of"),
+        ("sds", "0", " is nan"),
+        ("sds", "1", " is nan"),
+    ):
+        assert set(rows[label][seed]) == {"failed", "log"} and why in rows[label][seed]["failed"]
+        assert why in Path(rows[label][seed]["log"]).read_text()
+    markdown = (copy / "table.md").read_text()
+    assert cells(markdown, "cond (1 of 2 seeds)")[0] == f"{rows['cond']['0']['distance']:.3f}"
+    assert cells(markdown, "sds")[0] == "failed" and "sds seed 1 failed, see" in markdown
+    assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
+
+
+def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
+    drawn = lmc.compare._translator
+
+    def failing(run: Path) -> object:
+        if run.parent.name == "sds":
+            raise RuntimeError("no room")
+        return drawn(run)
+
+    monkeypatch.setattr(lmc.compare, "_translator", failing)
+    assert "1 trainings failed" in message(*args(world, copy, "cond,sds", "--seeds", "0,1"))
+    assert "sds is not in grid.png: no room" in capsys.readouterr().out
+    assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
+
+
+def test_a_corrector_trained_again_is_another(world, trained, tiny_prior_folder, tmp_path):
+    """At the same path; results of the old one stay what they are."""
+    identity = DiffusersPrior(str(tiny_prior_folder)).identity
+    at, out = tmp_path / "corrector", tmp_path / "out"
+    command = args(world, out, f"cond,lmc:corrector={at}", "--", "--trainer.max_steps=1")
+    Corrector(3, [8, 8], prior=identity).save_pretrained(at)
+    main(command)
+    trained.clear()
+    # Written again with the same weights it is the same; so is one of a comparison without digests.
+    Corrector.from_pretrained(at).save_pretrained(at)
+    main(command)
+    record = json.loads((out / "comparison.json").read_text())
+    del record["correctors"]
+    (out / "comparison.json").write_text(json.dumps(record))
+    main(command)
+    Corrector(3, [8, 8], prior=identity).save_pretrained(at)
+    kept = (out / "comparison.json").read_text()
+    for losses in (f"lmc:corrector={at}", f"lmc:corrector={at}:guidance_scale=2"):
+        said = message(*args(world, out, losses, "--", "--trainer.max_steps=1"))
+        assert f"the weights at {at} have changed" in said and "--out" in said
+    assert not trained and (out / "comparison.json").read_text() == kept
+    main(args(world, out, "cond", "--", "--trainer.max_steps=1"))  # which has no corrector
 
 
 def test_seed_and_folder_by_default(world, trained, tmp_path, monkeypatch):
@@ -437,6 +595,16 @@ def test_threads_are_those_asked_for(tmp_path):
     source = "import os; print(os.environ['OMP_NUM_THREADS'])"
     trainings.train("a", python(source), tmp_path / "log")
     assert (tmp_path / "log").read_text() == "3\n"
+
+
+def test_the_log_of_a_retry_keeps_what_was_there(tmp_path):
+    log = tmp_path / "log"
+    for source, tail in (("print('one'); raise SystemExit(1)", "one\n"), ("exit(2)", "")):
+        with pytest.raises(TrainingFailed) as caught:
+            Trainings({"a": 1}, {"a": 1.0}).train("a", python(source), log)
+        assert caught.value.tail == tail, "of this session alone"
+    Trainings({"a": 1}, {"a": 1.0}).train("a", python("print('three')"), log)
+    assert log.read_text() == f"one\n{AGAIN}{AGAIN}three\n"
 
 
 def test_the_module_says_how_it_is_used():

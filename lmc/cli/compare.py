@@ -27,7 +27,10 @@ def compare(args: argparse.Namespace) -> None:
         sys.exit("lmc: stopped; the same command goes on")
     print(f"written: {out}/table.md, results.json, grid.png")
     if failed:
-        sys.exit(f"lmc: {len(failed)} trainings failed; the same command tries them again")
+        sys.exit(
+            f"lmc: {len(failed)} trainings failed, or could not be measured; the same command "
+            "tries them again"
+        )
 
 
 def seeds(text: str) -> list[int]:

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 TAIL = 15  # lines of a log that are shown of a training that failed
+AGAIN = "======== another session ========\n"  # between those in a log
 
 
 class TrainingFailed(RuntimeError):
@@ -18,12 +19,13 @@ class TrainingFailed(RuntimeError):
 
     Attributes:
         log: the file with its whole output.
-        tail: the last lines of it.
+        tail: the last lines of it, of the last session.
     """
 
     def __init__(self, name: str, log: Path) -> None:
         self.log = log
-        self.tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-TAIL:])
+        text = log.read_text(errors="replace").rpartition(AGAIN)[2]
+        self.tail = "".join(text.splitlines(keepends=True)[-TAIL:])
         super().__init__(f"training {name!r} failed, see {log}:\n{self.tail}")
 
 
@@ -94,17 +96,19 @@ class Trainings:
             raise error
 
     def train(self, name: str, command: Sequence[str], log: Path) -> None:
-        """Run one training to its end; its output goes to `log`.
+        """Run one training to its end; its output goes to the end of `log`.
 
         Raises:
             TrainingFailed: its exit status is not 0.
             Stopped: see there.
         """
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
-        with open(log, "w") as file:
+        with open(log, "a") as file:
             with self.lock:
                 if self.stopping:
                     raise Stopped(name)
+                if file.tell():
+                    file.write(AGAIN)
                 process = subprocess.Popen(
                     command,
                     stdout=subprocess.PIPE,
