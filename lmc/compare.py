@@ -14,7 +14,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import jsonargparse
 import torch
 from torch.utils.data import DataLoader
 
@@ -26,7 +25,7 @@ from lmc.release import load_averaged
 from lmc.report import COLUMNS as MEASURED
 from lmc.report import labelled_grid, table
 from lmc.schedule import TimeSchedule
-from lmc.specs import Spec
+from lmc.specs import Spec, build
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model, per_image
 from lmc.training.side_by_side import TrainingFailed, Trainings
@@ -180,7 +179,7 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dic
                 f"the losses {same!r} and {label!r} are one and the same with this configuration"
             )
         try:
-            loss = _build(ScoreDistillation, config["model"]["loss"])
+            loss = build(ScoreDistillation, config["model"]["loss"])
         except (OSError, ValueError) as error:
             raise ValueError(f"the loss {label!r}: {error}") from error
         if loss.negative_prompt is not None:
@@ -190,10 +189,10 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dic
         raise ValueError("trainer.max_steps must say how many steps to train")
     if config["model"]["time"] is not None:
         try:
-            _build(TimeSchedule, config["model"]["time"])
+            build(TimeSchedule, config["model"]["time"])
         except ValueError as error:
             raise ValueError(f"model.time: {error}") from error
-    prior = _build(Prior, config["model"]["prior"])
+    prior = build(Prior, config["model"]["prior"])
     model: Any = build_model(TranslatorTraining, config["model"], prior)
     for split in ("train", "heldout"):
         data = config["data"]
@@ -220,15 +219,6 @@ def _embed(prior: Prior, prompts: Sequence[str], negative: Mapping[str, str]) ->
                     f"the loss {label!r}: {its_own}: set negative_prompt to ''"
                 ) from its_own
         raise ValueError(f"model.prompt, for every loss: {error}") from error
-
-
-def _build(kind: Any, config: dict[str, Any]) -> Any:
-    """The object that `class_path` and `init_args` describe."""
-    parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--it", type=kind)
-    # Renamed in jsonargparse 4.49.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return instantiate(parser.parse_object({"it": config})).it
 
 
 def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> None:
