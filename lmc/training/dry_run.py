@@ -117,7 +117,7 @@ def build_model(
     given = {**config, "prior": Unread(prior or SimpleNamespace(channels=3, latent=False))}
     if "loss" in given:
         # It may load a corrector's weights.
-        given["loss"] = SimpleNamespace(time=None, negative_prompt=None)
+        given["loss"] = SimpleNamespace(choose_time=lambda time: time, negative_prompt=None)
     with torch.device("meta"):
         return model_class(**given)
 
