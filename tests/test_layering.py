@@ -18,6 +18,8 @@ ORDER = (
     "specs",
     "translator",
     "optimize",
+    "metrics",
+    "results",
     "evaluate",
     "report",
     "release",
