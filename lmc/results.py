@@ -346,7 +346,7 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
         both = [row for row in each["rows"] if row in rows and row != "source"]
         if both:
             raise ValueError(f"{first} and {name} both have a row {both[0]!r}")
-        rows = {**each["rows"], **rows}
+        rows |= {row: x for row, x in each["rows"].items() if row not in rows}
     if against is not None and against not in rows:
         raise ValueError(f"no row {against!r} to compare against; there are {', '.join(rows)}")
     known = found["differences"]

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 
 import lmc.training.__main__ as training
 from lmc.cli import main
-from lmc.evaluate import Clip, evaluate_translator
+from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
 from lmc.images import ImageStream
 from lmc.release import load_averaged
 from lmc.report import table
+from lmc.results import numbers
 from lmc.specs import LOSSES, parse_specs
 from lmc.training.side_by_side import Stopped, TrainingFailed, Trainings
 
@@ -241,13 +242,13 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert config["model"]["loss"]["init_args"]["guidance_scale"] == 5, "the configuration's"
     stream = ImageStream(f"{world}/shards/heldout-*.tar", 16, 7, training=False)
     prompts = {name: f"a photo of a {name}" for name in ("dog", "bear")}
-    expected = evaluate_translator(
-        load_averaged(out / "cond" / "seed1")[0],
-        DataLoader(stream, batch_size=None),
-        Clip(str(world / "clip")),
-        prompts,
-        "a photo of a cat",
+    result = evaluate(
+        {"it": translated(load_averaged(out / "cond" / "seed1")[0])},
+        lambda: DataLoader(stream, batch_size=None),
+        Tools(clip=Clip(str(world / "clip"))),
+        Prompts(prompts, [*prompts.values(), "a photo of a cat"]),
     )
+    expected = numbers(result["rows"]["it"])
     for key in ("clip_score", "distance", "spectrum_error", "r_precision"):
         assert rows["cond"]["1"][key] == pytest.approx(expected[key], abs=1e-5)
     assert rows["cond"]["0"]["distance"] != rows["cond"]["1"]["distance"]
