@@ -177,7 +177,7 @@ def test_evaluate_writes_a_row_a_translator(world, tmp_path, capsys):
     assert all(row["images"] == 24 for row in rows.values())
     distance = {name: row["summary"]["rmse"]["value"] for name, row in rows.items()}
     assert distance["source"] == 0 < distance["first"] != distance["other_run"]
-    assert rows["first"].keys() == rows["source"].keys()
+    assert rows["first"].keys() == rows["source"].keys() | {"path"}
     printed = own_output(capsys)
     assert printed[0].startswith("|  | RMSE to source | 1 − SSIM to source | CLIP score (")
     keys = ("rmse", "one_minus_ssim", "clip_score", "clip_score_100", "r_precision")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lmc.cli import main
+from lmc.cli.evaluate import _named
 from lmc.corrector import Corrector
 from lmc.evaluate import (
     Clip,
@@ -661,6 +662,8 @@ def test_the_command_measures_networks_and_files(world, clip_folder, tmp_path, c
     main([*args, "--images", str(files), "--real", f"{world}/real", "--batch-size", "7"])
     result = json.loads(out.read_text())
     assert list(result["rows"]) == ["source", "one", "two", "files"]
+    found = [result["rows"][name].pop("path") for name in ("one", "two", "files")]
+    assert found == [f"{world}/one", f"{world}/two", str(files)]
     assert_close(result["rows"]["files"], result["rows"]["one"])
     assert result["heldout"]["shards"].endswith("heldout-*.tar")
     assert set(result["differences"]) == {"two", "files"} and result["seconds"] > 0
@@ -682,7 +685,7 @@ def test_the_command_measures_networks_and_files(world, clip_folder, tmp_path, c
     assert delta["value"] == pytest.approx(0, abs=1e-5)
 
 
-def test_the_command_says_what_is_wrong(world, clip_folder, tmp_path, capsys):
+def test_the_command_says_what_is_wrong(world, clip_folder, tmp_path, capsys, monkeypatch):
     def message(*more: object) -> str:
         said = refused(*command(world, clip_folder, tmp_path / "x.json", *more))
         assert not (tmp_path / "x.json").exists() and "|" not in capsys.readouterr().out
@@ -706,6 +709,15 @@ def test_the_command_says_what_is_wrong(world, clip_folder, tmp_path, capsys):
     write_outputs(tmp_path / "big", {n: random(2, 3, 32, 32) for n in PROMPTS}, ["a", "b"])
     assert "have 32 pixels, not 16" in message(*one, "--real", tmp_path / "big")
     assert "the same is named twice" in message(*one, world / "one")
+    (tmp_path / "source").symlink_to(world / "one")
+    monkeypatch.chdir(tmp_path)
+    assert "no row can be named 'source'" in message("--translator", "source")
+
+
+def test_folders_of_one_name_are_told_apart_by_those_above():
+    paths = ["runs/a/seed0", "runs/b/seed0", "/x/b/seed1", "hub/one"]
+    assert list(_named(paths)) == ["a/seed0", "b/seed0", "seed1", "one"]
+    assert list(_named(["runs/source"])) == ["runs/source"]
 
 
 def _rank(rank: int, port: int, args: list[str]) -> None:

@@ -5,12 +5,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 PROMPT = "a photo of a {}"
-T = TypeVar("T")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -18,6 +17,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.named_by_prompt:
         _named_by_prompt(args)
         return
+    import torch
+
     from lmc.evaluate import Folder, Tools, heldout_keys, real_features, translated
     from lmc.evaluate import evaluate as measure
     from lmc.report import evaluation_text
@@ -27,15 +28,16 @@ def evaluate(args: argparse.Namespace) -> None:
     if not args.shards or not (args.translator or args.images):
         raise ValueError("name held-out images (--shards) and what to measure (--translator RUN …)")
     earlier = {name: _result(Path(name)) for name in args.beside}
-    folders = _named(args.images, lambda path: Folder(Path(path)))
-    translators = _named(args.translator, load_translator)
-    names = [*translators, *folders]
-    if "source" in names or len(set(names)) < len(names):
-        raise ValueError(f"rows need names of their own, and none 'source': {', '.join(names)}")
+    paths = _named([*args.translator, *args.images])
+    names = list(paths)
+    if "source" in names:
+        raise ValueError("no row can be named 'source': it is the untouched images'")
     known = ["source", *names, *(row for each in earlier.values() for row in each["rows"])]
     against = args.against or names[0]
     if against not in known:
         raise ValueError(f"no row {against!r} to compare against; there are {', '.join(known)}")
+    translators = {n: load_translator(paths[n]) for n in names[: len(args.translator)]}
+    folders = {n: Folder(Path(paths[n])) for n in names[len(args.translator) :]}
     size = _image_size(translators, folders)
     classes = args.classes or _classes(translators, folders)
     _check_classes(translators, classes)
@@ -77,8 +79,12 @@ def evaluate(args: argparse.Namespace) -> None:
         features,
         _Progress(len(keys), rank, world_size, 1 + len(names)),
     )
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
     if rank:
         return
+    for name, path in paths.items():
+        result["rows"][name]["path"] = path
     result["left_out"] += notes
     result["heldout"] = {"shards": args.shards, **result["heldout"]}
     result["seconds"] = round(time.monotonic() - began, 1)
@@ -105,15 +111,15 @@ def _named_by_prompt(args: argparse.Namespace) -> None:
     print(f"CLIP score ({clip.name}) of {len(scores) - 2} prompts: {scores['score']:.4f}")
 
 
-def _named(paths: Sequence[str], load: Callable[[str], T]) -> dict[str, T]:
-    """What is at the paths, by as many of their last folders as tell them apart."""
-    found: dict[str, T] = {}
+def _named(paths: Sequence[str]) -> dict[str, str]:
+    """The paths by as many of their last folders as tell them apart."""
+    found: dict[str, str] = {}
     for path in paths:
         parts = Path(path).parts
         tails = ["/".join(parts[-n:]).replace("//", "/") for n in range(1, len(parts) + 1)]
         others = [Path(other).parts for other in paths if other != path]
         apart = [x for n, x in enumerate(tails, 1) if parts[-n:] not in [y[-n:] for y in others]]
-        found[next((name for name in apart if name != "source"), path)] = load(path)
+        found[next((name for name in apart if name != "source"), path)] = path
     if len(found) < len(paths):
         raise ValueError(f"the same is named twice: {', '.join(paths)}")
     return found
