@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -17,13 +16,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lmc.evaluate import Clip, distances, evaluate_translator
+from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
 from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
 from lmc.priors import Prior
 from lmc.release import load_averaged
-from lmc.report import COLUMNS as MEASURED
 from lmc.report import labelled_grid, table
+from lmc.results import VERSION, numbers, write_json
 from lmc.schedule import TimeSchedule
 from lmc.specs import Spec, build
 from lmc.training.cli import ConfigReader
@@ -121,13 +120,13 @@ def compare(
         for seed in seeds
     ]
     failed = _train(runs, base, jobs, say)
-    measure = partial(_measure, clip=(clip, model), config=common, device=device, say=say)
+    measure = partial(_measure, clip=model, config=common, device=device, say=say)
     source = measure(None, out / "source", "the source images")
     by_loss: dict[str, dict[str, Any]] = {spec.label: {} for spec in specs}
     for run in runs:
         if run.name not in failed:
             try:
-                row = _finite(measure(run.folder, run.folder, run.name))
+                row = measure(run.folder, run.folder, run.name)
             except Exception as error:  # whatever it is, the others have their rows
                 failed[run.name] = _not_measured(run, error, say)
             else:
@@ -344,44 +343,40 @@ def _measure(
     run: Path | None,
     folder: Path,
     name: str,
-    clip: tuple[str, Clip],
+    clip: Clip,
     config: Mapping[str, Any],
     device: str,
     say: Say,
 ) -> dict[str, Any]:
-    """`evaluate_translator` of a run's averaged weights, or of none, kept in `folder`."""
+    """The numbers of a run's averaged weights, or of none; the whole result is kept in `folder`."""
     file = folder / "evaluation.json"
-    about: dict[str, Any] = {"clip": clip[0], "distances": list(distances())}
+    tools = Tools(clip=clip)
+    row = "source" if run is None else name
+    about: dict[str, Any] = {
+        "version": VERSION,
+        "clip": clip.name,
+        "distances": list(tools.distances),
+    }
     if run is not None:
         checkpoint = (run / "checkpoints" / "last.ckpt").stat()
         about["checkpoint"] = [checkpoint.st_size, checkpoint.st_mtime_ns]
     if file.exists():
         there = json.loads(file.read_text())
         if there["of"] == about:
-            return there["measured"]
+            return numbers(there["measured"]["rows"][row])
     model, data = config["model"], config["data"]
     stream = ImageStream(data["heldout"], data["image_size"], BATCH, training=False)
-    translator = None if run is None else _translator(run).to(device)
-    measured = evaluate_translator(
-        translator,
-        DataLoader(stream, batch_size=None),
-        clip[1],
-        {target: model["prompt"].format(target) for target in model["classes"]},
-        model["prompt"].format(model["source"]),
+    targets = {target: model["prompt"].format(target) for target in model["classes"]}
+    measured = evaluate(
+        {row: None if run is None else translated(_translator(run).to(device))},
+        lambda: DataLoader(stream, batch_size=None),
+        tools,
+        Prompts(targets, [*targets.values(), model["prompt"].format(model["source"])]),
         device,
     )
-    folder.mkdir(exist_ok=True)
-    _write(file, json.dumps({"of": about, "measured": measured}, indent=1))
-    say(f"measured {name}: {measured['images']} images")
-    return measured
-
-
-def _finite(measured: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, unless a figure of the table is NaN: so are weights that diverged."""
-    for key in MEASURED:
-        if not math.isfinite(measured[key]):
-            raise ValueError(f"{key} is {measured[key]}: the averaged weights may not be finite")
-    return measured
+    write_json(file, {"of": about, "measured": measured})
+    say(f"measured {name}: {measured['heldout']['count']} images")
+    return numbers(measured["rows"][row])
 
 
 def _not_measured(run: Run, error: Exception, say: Say) -> dict[str, Any]:

@@ -1,147 +1,65 @@
-"""Metrics as pure functions, and the runners that measure them over held-out images."""
+"""Held-out images through translators, measured: the runners. The metrics are in lmc.metrics.
 
-from collections.abc import Callable, Iterable, Mapping
+`evaluate` gives a result, the dict that `lmc evaluate --out` writes; docs/evaluation.md has every
+key of it.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import transformers
-from torch import Tensor
-from torch.nn import functional as F
+from PIL import Image
+from torch import Tensor, distributed
 from torchmetrics import Metric
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lmc.corrector import BiasCorrector, corrector_loss, normalise
-from lmc.images import ImageBatch, resize
+from lmc.images import (
+    SUFFIXES,
+    ImageBatch,
+    decode_image,
+    from_uint8,
+    to_uint8,
+)
+from lmc.metrics import (
+    SMALLEST_LPIPS,
+    Clip,
+    Distance,
+    MissingWeights,
+    clip_score_100,
+    cosines,
+    derivative_counts,
+    distances,
+    load_clip,
+    load_inception,
+    load_lpips,
+    one_minus_ssim,
+    power_spectrum,
+    rmse,
+    saturation,
+    winners,
+)
+from lmc.metrics import clip_score as clip_score  # these four for whoever measures by itself
+from lmc.metrics import derivative_histogram as derivative_histogram
+from lmc.metrics import r_precision as r_precision
+from lmc.metrics import spectrum_error as spectrum_error
 from lmc.priors import Prior
+from lmc.results import Measured, check_keys, merge, result
 from lmc.schedule import TIME_RANGE
 from lmc.translator import Translator
 from lmc.triplets import triplets_of
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+# (keys, sources (B, 3, S, S), class) to outputs (B, 3, S, S)
+Outputs = Callable[[Sequence[str], Tensor, str], Tensor]
+CHANNELS = ("red", "green", "blue")
+T = TypeVar("T")
 
 
-def rmse(image: Tensor, source: Tensor) -> Tensor:
-    """Root mean squared difference per image; (B, C, H, W) in [-1, 1] to (B,) in [0, 2]."""
-    return (image - source).square().mean((1, 2, 3)).sqrt()
-
-
-def one_minus_ssim(image: Tensor, source: Tensor) -> Tensor:
-    """1 − SSIM per image; (B, 3, H, W) in [-1, 1] to (B,) in [0, 2]."""
-    ssim = structural_similarity_index_measure(image, source, data_range=2.0, reduction="none")
-    return 1 - torch.as_tensor(ssim).reshape(-1)
-
-
-def distances() -> dict[str, Distance]:
-    """The distances to the source that can be computed here, by name, the main one first.
-
-    'lpips' (AlexNet) leads where torchvision's AlexNet weights are on disk; nothing is downloaded
-    and nothing else goes by its name.
-    """
-    found: dict[str, Distance] = {"rmse": rmse, "one_minus_ssim": one_minus_ssim}
-    if any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth")):
-        import lpips
-
-        alex = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False)
-
-        def perceptual(image: Tensor, source: Tensor) -> Tensor:
-            return alex.to(image.device)(image, source).reshape(-1)
-
-        return {"lpips": perceptual, **found}
-    return found
-
-
-def power_spectrum(image: Tensor) -> Tensor:
-    """Radially averaged power spectrum, per image.
-
-    |FFT|² / (H W) of the Hann-windowed channels (the window keeps the picture's borders from
-    looking like detail), averaged over channels and over rings of integer radius.
-
-    Args:
-        image: float (B, C, S, S), square.
-
-    Returns:
-        (B, S // 2), for 1 … S // 2 cycles an image.
-    """
-    size = image.shape[-1]
-    window = torch.hann_window(size, device=image.device, dtype=image.dtype)
-    centred = (image - image.mean((2, 3), keepdim=True)) * window[:, None] * window
-    power = torch.fft.fft2(centred).abs().square().mean(1).flatten(1) / size**2
-    f = torch.fft.fftfreq(size, 1 / size, device=image.device)
-    ring = torch.hypot(f[:, None], f).round().long().flatten()
-    rings = torch.arange(1, size // 2 + 1, device=image.device)
-    member = (ring == rings[:, None]).to(power.dtype)
-    with torch.autocast(image.device.type, enabled=False):  # powers span many orders of magnitude
-        return power @ member.T / member.sum(1)
-
-
-def spectrum_error(spectrum: Tensor, source: Tensor) -> Tensor:
-    """Mean over frequencies of |log10(spectrum / source)|; (F,) each to a scalar. 0 is equal."""
-    return (spectrum.clamp_min(1e-20).log10() - source.clamp_min(1e-20).log10()).abs().mean()
-
-
-def derivative_histogram(image: Tensor, bins: int = 101) -> Tensor:
-    """Histogram of vertical derivatives [LMC, Fig. 12]: (B, C, H, W) in [-1, 1] to (bins,).
-
-    Over differences of neighbouring rows in [-1, 1] (clipped); sums to 1.
-    """
-    difference = (image[:, :, 1:] - image[:, :, :-1]).flatten().float().clamp(-1, 1)
-    counts = torch.histc(difference, bins, -1, 1)
-    return counts / counts.sum()
-
-
-def clip_score(images: Tensor, texts: Tensor) -> Tensor:
-    """The plain cosine of paired embeddings: (B, D) and (B, D) to (B,)."""
-    return F.cosine_similarity(images, texts, dim=1)
-
-
-def r_precision(images: Tensor, texts: Tensor, true: Tensor) -> Tensor:
-    """Whether the true prompt ranks first among all: CLIP-R-Precision per image.
-
-    Args:
-        images: embeddings (B, D).
-        texts: embeddings of all prompts that compete, (P, D).
-        true: index of each image's prompt, int64 (B,).
-
-    Returns:
-        0 or 1, float (B,).
-    """
-    return ((F.normalize(images) @ F.normalize(texts).T).argmax(1) == true).float()
-
-
-class Clip:
-    """A transformers CLIP model: images and prompts to embeddings.
-
-    Args:
-        pretrained: a folder or hub id, such as openai/clip-vit-base-patch16.
-        device: where it runs.
-
-    Raises:
-        OSError: there is no such model.
-    """
-
-    def __init__(self, pretrained: str, device: torch.device | str = "cpu") -> None:
-        model: Any = transformers.CLIPModel.from_pretrained(pretrained, dtype=torch.float32)
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(pretrained)
-        self.size: int = model.config.vision_config.image_size
-        settings = transformers.CLIPImageProcessor.from_pretrained(pretrained)
-        self.mean = torch.tensor(settings.image_mean, device=device)[:, None, None]
-        self.std = torch.tensor(settings.image_std, device=device)[:, None, None]
-
-    @torch.no_grad()
-    def images(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1], square, any size: (B, D)."""
-        pixels = (resize(image, self.size).clamp(-1, 1) / 2 + 0.5 - self.mean) / self.std
-        out = self.model.get_image_features(pixel_values=pixels)
-        return getattr(out, "pooler_output", out)
-
-    @torch.no_grad()
-    def texts(self, prompts: list[str]) -> Tensor:
-        """(P, D)."""
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
-        out = self.model.get_text_features(**tokens.to(self.model.device))
-        return getattr(out, "pooler_output", out)
+# ---------------------------------------------------------------------------------------------
+# The corrector
 
 
 class CorrectorErrors(Metric):
@@ -196,74 +114,417 @@ def evaluate_corrector(
     return {name: value.item() for name, value in errors.compute().items()}
 
 
-@torch.no_grad()
-def evaluate_translator(
-    translator: Translator | None,
-    batches: Iterable[ImageBatch],
-    clip: Clip,
-    prompts: Mapping[str, str],
-    source_prompt: str,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """Every held-out image to every target class, measured.
+# ---------------------------------------------------------------------------------------------
+# What is measured, and with what
 
-    Args:
-        translator: on `device`; None measures the untouched source images.
-        batches: held-out images.
-        clip: on `device`.
-        prompts: the prompt of each target class.
-        source_prompt: competes with the targets' in R-Precision.
-        device: where to compute.
 
-    Returns:
-        clip_score, r_precision, distance (the first of `distances`, which `distance_name` names),
-        all distances by name, spectrum_error, r_precision by class, and the number of images.
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of an evaluation.
+
+    Attributes:
+        targets: the prompt of each target class, in the classes' order.
+        candidates: the prompts that compete in R-Precision.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: a candidate twice, or a target's prompt that is none.
     """
-    texts = clip.texts([*prompts.values(), source_prompt])
-    measures = distances()
-    sums: dict[str, Tensor] = {}
-    spectrum, source_spectrum = torch.zeros(()), torch.zeros(())
-    images = 0
 
-    def add(name: str, values: Tensor) -> None:
-        sums[name] = sums.get(name, torch.zeros(())) + values.sum().cpu()
+    targets: Mapping[str, str]
+    candidates: Sequence[str]
 
-    for batch in filter(_has_images, batches):
-        source = batch.image.to(device)
-        images += len(source)
-        source_spectrum = source_spectrum + power_spectrum(source).sum(0).cpu()
-        for i, name in enumerate(prompts):
-            output = source
-            if translator is not None:
-                output = translator(source, translator.class_ids([name] * len(source)).to(device))
-            embedding = clip.images(output)
-            true = torch.full((len(output),), i, device=device)
-            hit = r_precision(embedding, texts, true)
-            add("clip_score", clip_score(embedding, texts[true]))
-            add("r_precision", hit)
-            add(f"r_precision/{name}", hit)
-            for label, measure in measures.items():
-                add(label, measure(output, source))
-            spectrum = spectrum + power_spectrum(output).sum(0).cpu() / len(prompts)
-    if not images:
-        raise ValueError("no held-out images to evaluate on")
-    outputs = images * len(prompts)
-    main = next(iter(measures))
-    return {
-        "clip_score": (sums["clip_score"] / outputs).item(),
-        "r_precision": (sums["r_precision"] / outputs).item(),
-        "distance": (sums[main] / outputs).item(),
-        "spectrum_error": spectrum_error(spectrum, source_spectrum).item(),
-        "distance_name": main,
-        "distances": {name: (sums[name] / outputs).item() for name in measures},
-        "r_precision_by_class": {n: (sums[f"r_precision/{n}"] / images).item() for n in prompts},
-        "images": images,
+    def __post_init__(self) -> None:
+        twice = [x for x in self.candidates if self.candidates.count(x) > 1]
+        if twice:
+            raise ValueError(f"the candidate {twice[0]!r} is given twice")
+        for name, prompt in self.targets.items():
+            if prompt not in self.candidates:
+                raise ValueError(
+                    f"{prompt!r}, the prompt of {name}, is not among the candidates "
+                    f"({', '.join(map(repr, self.candidates))}): R-Precision would be 0"
+                )
+
+    @property
+    def classes(self) -> list[str]:
+        """The target classes."""
+        return list(self.targets)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The networks that measure.
+
+    Attributes:
+        distances: to the source, by name, the main one first.
+        clip: None leaves CLIP's measures out.
+        inception: see `load_inception`; None leaves KID and FID out.
+        left_out: a line for each measure that is left out: why, and what would change that.
+    """
+
+    distances: Mapping[str, Distance] = field(default_factory=distances)
+    clip: Clip | None = None
+    inception: Callable[[Tensor], Tensor] | None = None
+    left_out: Sequence[str] = ()
+
+    @classmethod
+    def load(
+        cls, clip: str, image_size: int, sets: bool, device: str = "cpu", offline: bool = False
+    ) -> "Tools":
+        """All that can be had here.
+
+        Args:
+            clip: folder or hub id.
+            image_size: of the images that will be measured.
+            sets: whether KID and FID are wanted.
+            device: where the networks run.
+            offline: take weights from the disk only.
+
+        Raises:
+            OSError, ValueError: weights that are there and cannot be read.
+        """
+        left_out = []
+
+        def tried(what: str, load: Callable[[], T]) -> T | None:
+            try:
+                return load()
+            except MissingWeights as error:
+                left_out.append(f"{what} left out: {error}")
+                return None
+
+        found: dict[str, Distance] = {"rmse": rmse, "one_minus_ssim": one_minus_ssim}
+        if image_size < SMALLEST_LPIPS:
+            least = f"AlexNet takes {SMALLEST_LPIPS} pixels and more"
+            left_out.append(f"lpips left out: the images have {image_size} pixels, {least}")
+        elif lpips := tried("lpips", lambda: load_lpips(offline)):
+            found = {"lpips": lpips, **found}
+        model = tried("clip_score, r_precision", lambda: load_clip(clip, device, offline))
+        inception = tried("kid, fid", lambda: load_inception(device, offline)) if sets else None
+        return cls(found, model, inception, left_out)
+
+
+def translated(translator: Translator) -> Outputs:
+    """The outputs of a translator."""
+
+    def outputs(keys: Sequence[str], source: Tensor, name: str) -> Tensor:
+        ids = translator.class_ids([name] * len(source))
+        return translator(source, ids.to(source.device))
+
+    return outputs
+
+
+class Folder:
+    """Outputs that are files already: FOLDER/CLASS/KEY.png, or .jpg, .jpeg, .webp.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: it holds no images in folders, or two of a class and a key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: dict[str, dict[str, Path]] = {}
+        for file in sorted(path.glob("*/**/*")):
+            if file.suffix[1:].lower() not in SUFFIXES or file.name.startswith("."):
+                continue
+            name, *rest = file.relative_to(path).with_suffix("").parts
+            key = "/".join(rest)
+            first = self.files.setdefault(name, {}).setdefault(key, file)
+            if first != file:
+                raise ValueError(f"{first} and {file} are of the same key: which one is meant?")
+        if not self.files:
+            raise ValueError(f"{path} holds no images: they are read from {path}/CLASS/KEY.png")
+
+    def size(self) -> int:
+        """The side of all its images in pixels.
+
+        Raises:
+            ValueError: two are not of one size, or one is not square, or cannot be read.
+        """
+        first: tuple[Path, tuple[int, int]] | None = None
+        for file in itertools.chain.from_iterable(x.values() for x in self.files.values()):
+            try:
+                with Image.open(file) as image:
+                    size = image.size
+            except OSError as error:
+                raise ValueError(f"{file} cannot be read: {error}") from error
+            first = first or (file, size)
+            if size != first[1] or size[0] != size[1]:
+                raise ValueError(
+                    f"{file} has {size[0]} x {size[1]} pixels and {first[0]} {first[1][0]} x "
+                    f"{first[1][1]}: all must be squares of one size"
+                )
+        assert first is not None
+        return first[1][0]
+
+    def check(self, classes: Sequence[str], keys: Iterable[str], skipped: Iterable[str]) -> None:
+        """Whether there is one image for each source and class.
+
+        Args:
+            classes: the target classes.
+            keys: of the sources.
+            skipped: sources that cannot be read, as `ImageBatch.skipped`: their images may be here.
+
+        Raises:
+            ValueError: an image without source, or a source without image; how many, and one.
+        """
+        keys = set(keys)
+        broken = {line.split(" in ", 1)[0] for line in skipped}
+        for name in classes:
+            there = self.files.get(name, {}).keys()
+            where = f"{self.path}/{name}"
+            for those, what in (
+                (keys - there, f"held-out images have no output in {where}"),
+                (there - keys - broken, f"images in {where} have no held-out source"),
+            ):
+                if those:
+                    raise ValueError(f"{len(those)} {what}, such as {min(those)}")
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[ImageBatch]:
+        """This process's share of the images, each once, with the class as label."""
+        every = [(name, key) for name, keys in self.files.items() for key in keys]
+        mine = every[rank::world_size]
+        for start in range(0, len(mine), batch_size):
+            labels, keys = zip(*mine[start : start + batch_size], strict=True)
+            files = [self.files[name][key] for name, key in zip(labels, keys, strict=True)]
+            images = torch.stack([decode_image(x.read_bytes(), str(x)) for x in files])
+            yield ImageBatch(images, list(keys), list(labels))
+
+    def __call__(self, keys: Sequence[str], source: Tensor, name: str) -> Tensor:
+        """The outputs for some sources, as `Outputs`."""
+        files = [self.files[name][key] for key in keys]
+        return torch.stack([decode_image(x.read_bytes(), str(x)) for x in files]).to(source.device)
+
+
+def heldout_keys(batches: Iterable[ImageBatch]) -> tuple[list[str], list[str]]:
+    """The keys of held-out images, and those that cannot be read, with the reason.
+
+    Raises:
+        ValueError: there are none, or a key is there twice.
+    """
+    keys: list[str] = []
+    skipped: list[str] = []
+    for batch in batches:
+        keys += batch.key
+        skipped += batch.skipped
+    check_keys(keys)
+    return keys, skipped
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+
+
+@torch.no_grad()
+def _measure(
+    name: str,
+    outputs: Outputs | None,
+    batch: ImageBatch,
+    tools: Tools,
+    prompts: Prompts,
+    texts: Tensor | None,
+    device: torch.device | str,
+) -> Measured:
+    """A batch through a translator, measured; None is the sources themselves."""
+    source = batch.image.to(device)
+    columns = []
+    seen = None if outputs is not None else _observe(source, source, tools, texts)
+    for target, prompt in prompts.targets.items():
+        if outputs is not None:
+            made = outputs(batch.key, source, target)
+            _check_output(name, made, source, batch.key, target)
+            # As a PNG would keep it, so that a folder of PNGs measures the same.
+            seen = _observe(from_uint8(to_uint8(made)), source, tools, texts)
+        assert seen is not None
+        columns.append(dict(seen))
+        if texts is not None:
+            table = columns[-1].pop("cosines")
+            score = table[:, prompts.candidates.index(prompt)]
+            first = winners(table)
+            columns[-1] |= {
+                "clip_score": score,
+                "clip_score_100": clip_score_100(score),
+                "r_precision": first == prompts.candidates.index(prompt),
+                "winners": first,
+            }
+    arrays = {
+        key: torch.stack([x[key].cpu().double() for x in columns], 1).numpy() for key in columns[0]
     }
+    return Measured(
+        list(batch.key),
+        [hashlib.sha256(x.tobytes()).hexdigest() for x in to_uint8(batch.image).numpy()],
+        spectra=arrays.pop("spectra"),
+        counts=arrays.pop("counts"),
+        winners=arrays.pop("winners", None),
+        features=arrays.pop("features", None),
+        values=arrays,
+        source_spectra=power_spectrum(source).cpu().double().numpy(),
+        source_counts=derivative_counts(source).cpu().double().numpy(),
+    )
 
 
-def _has_images(batch: ImageBatch) -> bool:
-    """False of the last batch of a pass, where only broken samples were left for it."""
-    return len(batch.image) > 0
+def _observe(
+    image: Tensor, source: Tensor, tools: Tools, texts: Tensor | None
+) -> dict[str, Tensor]:
+    """Everything about outputs that does not depend on their class; (B, …) each."""
+    seen = {name: distance(image, source) for name, distance in tools.distances.items()}
+    seen["saturation"] = saturation(image)
+    for i, channel in enumerate(CHANNELS):
+        seen[f"mean_{channel}"] = image[:, i].mean((1, 2))
+        seen[f"deviation_{channel}"] = image[:, i].std((1, 2), correction=0)
+    seen |= {"spectra": power_spectrum(image), "counts": derivative_counts(image)}
+    if tools.clip is not None and texts is not None:
+        seen["cosines"] = cosines(tools.clip.images(image), texts)
+    if tools.inception is not None:
+        seen["features"] = tools.inception(to_uint8(image))
+    return seen
+
+
+def _check_output(row: str, made: Tensor, source: Tensor, keys: Sequence[str], target: str) -> None:
+    if made.shape != source.shape:
+        sizes = (f"{x.shape[-1]} x {x.shape[-2]} pixels" for x in (made, source))
+        raise ValueError(f"{row}: the outputs to {target!r} have {', the sources '.join(sizes)}")
+    bad = ~made.isfinite().flatten(1).all(1)
+    if bad.any():
+        key = next(key for key, no in zip(keys, bad.tolist(), strict=True) if no)
+        raise ValueError(f"{row}: the output for {key} to {target!r} is not finite")
+
+
+def _from_all_processes(mine: T) -> list[T]:
+    """What every process has, in the order of their ranks."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return [mine]
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, mine)
+    return every
+
+
+@torch.no_grad()
+def real_features(
+    batches: Iterable[ImageBatch], tools: Tools, classes: Sequence[str], device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Inception's features of real images of the target classes, by class, (N, D) each.
+
+    Args:
+        batches: images, with their class as label; other classes' are passed over.
+        tools: with `inception`.
+        classes: the target classes.
+        device: where to compute.
+
+    Raises:
+        ValueError: fewer than two images of a class, or one that cannot be read.
+    """
+    assert tools.inception is not None
+    mine: list[tuple[str, str, Tensor]] = []
+    for batch in batches:
+        if batch.skipped:
+            raise ValueError(f"a real image cannot be read: {batch.skipped[0]}")
+        if not set(batch.label) & set(classes):
+            continue
+        features = tools.inception(to_uint8(batch.image).to(device))
+        mine += [
+            (label, key, feature)
+            for label, key, feature in zip(batch.label, batch.key, features, strict=True)
+            if label in classes
+        ]
+    every = sorted(itertools.chain.from_iterable(_from_all_processes(mine)), key=lambda x: x[:2])
+    found = {name: [x for label, _, x in every if label == name] for name in classes}
+    for name, several in found.items():
+        if len(several) < 2:
+            raise ValueError(f"{len(several)} real images of the class {name!r}; two are needed")
+    return {name: torch.stack(several) for name, several in found.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    rows: Mapping[str, Outputs | None],
+    read: Callable[[], Iterable[ImageBatch]],
+    tools: Tools,
+    prompts: Prompts,
+    device: torch.device | str = "cpu",
+    against: str | None = None,
+    real: Mapping[str, Tensor] | None = None,
+    watch: Callable[[str, int], None] = lambda row, images: None,
+) -> dict[str, Any]:
+    """Every held-out image to every target class by every row, measured.
+
+    Under torch.distributed each process reads its share of the images; all have the result.
+
+    Args:
+        rows: what is measured, by name; None is the untouched sources.
+        read: a pass over the held-out images, begun anew for each row.
+        tools: what measures, on `device`.
+        prompts: of the classes, and those that compete.
+        device: where to compute.
+        against: the row that the others are compared with; default the first that is not None.
+        real: see `real_features`; KID and FID are measured with it.
+        watch: told the row and the images done, after each batch.
+
+    Returns:
+        A result, see docs/evaluation.md.
+
+    Raises:
+        ValueError: no images, a key twice, two rows over different images, an output that is not
+            finite or not of its source's size, or no row named `against`.
+    """
+    texts = tools.clip.texts(list(prompts.candidates)) if tools.clip else None
+    against = against or next((name for name, x in rows.items() if x is not None), None)
+    if against is not None and against not in rows:
+        raise ValueError(f"no row {against!r} to compare against; there are {', '.join(rows)}")
+    measured: dict[str, Measured] = {}
+    excluded: list[str] = []
+    for name, outputs in rows.items():
+        parts: list[Measured] = []
+        skipped: list[str] = []
+        done = 0
+        for batch in read():
+            skipped += batch.skipped
+            if len(batch.image):  # not so where only broken samples were left for the last batch
+                parts.append(_measure(name, outputs, batch, tools, prompts, texts, device))
+                done += len(batch.image)
+            watch(name, done)
+        every = itertools.chain.from_iterable(_from_all_processes(parts))
+        measured[name] = merge(list(every))
+        excluded = sorted(itertools.chain.from_iterable(_from_all_processes(skipped)))
+    settings = {
+        "classes": prompts.classes,
+        "prompts": dict(prompts.targets),
+        "candidates": list(prompts.candidates),
+        "clip": tools.clip.name if tools.clip else None,
+        "distance": next(iter(tools.distances)),
+        "real": {name: len(x) for name, x in real.items()} if real else None,
+    }
+    return result(measured, settings, against, excluded, tools.left_out, real)
+
+
+# ---------------------------------------------------------------------------------------------
+# Images named by their prompt
+
+
+def score_named_by_prompt(folder: Path, clip: Clip) -> dict[str, Any]:
+    """CLIP scores of images that are named by their prompts, in the form of the CS492(D) course.
+
+    FOLDER/*.png; the prompt is the name up to its first dot, with spaces for underscores. Images of
+    one prompt count once, with their mean.
+
+    Returns:
+        'source_dir', the plain cosine by file, and 'score', the mean over prompts.
+
+    Raises:
+        ValueError: there are no images, or one cannot be read.
+    """
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.png")):
+        files.setdefault(file.name.split(".")[0].replace("_", " "), []).append(file)
+    if not files:
+        raise ValueError(f"{folder} holds no PNG files: they are read from {folder}/THE_PROMPT.png")
+    scores = {}
+    for prompt, several in files.items():
+        text = clip.texts([prompt])
+        each = [
+            clip_score(clip.images(image[None].to(text.device)), text).item()
+            for image in (decode_image(x.read_bytes(), str(x)) for x in several)
+        ]
+        scores[str(several[0])] = sum(each) / len(each)
+    return {"source_dir": str(folder), **scores, "score": sum(scores.values()) / len(scores)}

@@ -160,7 +160,7 @@ def table(
     """The translators' measurements as a Markdown table, one row a loss.
 
     Args:
-        rows: `evaluate_translator`'s result by name; or several of them, of one seed each: their
+        rows: `lmc.results.numbers` by name; or several of them, of one seed each: their
             mean ± sample standard deviation is shown, and 'failed' where there are none.
         more: further columns, as `COLUMNS`; a row that lacks one has a dash there.
     """
@@ -186,3 +186,87 @@ def spread(values: Sequence[float], form: str) -> str:
     if len(values) == 1 or (isinstance(values[0], int) and len(set(values)) == 1):
         return format(values[0], form)
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
+# The columns of an evaluation: what is measured, its heading and format.
+MEASURES = {
+    "lpips": ("LPIPS to source", ".3f"),
+    "rmse": ("RMSE to source", ".3f"),
+    "one_minus_ssim": ("1 − SSIM to source", ".3f"),
+    "clip_score": ("CLIP score ({clip})", ".3f"),
+    "clip_score_100": ("100 max(cos, 0)", ".1f"),
+    "r_precision": ("R-Precision ({clip})", ".3f"),
+    "kid": ("KID", ".4f"),
+    "fid": ("FID", ".2f"),
+    "spectrum_error": ("spectrum error", ".3f"),
+    "saturation": ("saturation", ".4f"),
+}
+
+
+def evaluation_text(result: Mapping[str, Any]) -> str:
+    """A result of `lmc.evaluate.evaluate` as Markdown.
+
+    The table of all rows; R-Precision by class; what R-Precision ranks among; the differences to
+    one row; what was left out and excluded, a line each.
+    """
+    settings, heldout, rows = result["settings"], result["heldout"], result["rows"]
+    summaries = {name: row["summary"] for name, row in rows.items()}
+    parts = [
+        measures_table("", summaries, settings["clip"]),
+        f"[95 % bootstrap intervals] over {heldout['count']} held-out images, "
+        f"each to {', '.join(settings['classes'])}; their digest is {heldout['digest'][:16]}.",
+    ]
+    if settings["clip"] is not None:
+        lines = [["R-Precision", *settings["classes"]]]
+        for name, each in summaries.items():
+            cells = each["r_precision"]["by_class"].values()
+            lines.append([name, *(_cell(cell, ".3f") for cell in cells)])
+        candidates = ", ".join(map(repr, settings["candidates"]))
+        parts += [markdown(lines), f"R-Precision ranks among {candidates}."]
+    differences = {name: each["summary"] for name, each in result["differences"].items()}
+    for other in {each["against"] for each in result["differences"].values()}:
+        parts.append(measures_table(f"minus {other}", differences, settings["clip"], "+"))
+    parts += result["left_out"]
+    if heldout["excluded"]:
+        number = len(heldout["excluded"])
+        parts.append(f"{number} held-out images cannot be read and are in no figure:")
+        parts.append("\n".join(heldout["excluded"]))
+    return "\n\n".join(parts)
+
+
+def measures_table(
+    corner: str, summaries: Mapping[str, Mapping[str, Any]], clip: str | None, sign: str = ""
+) -> str:
+    """Measures with their intervals as a Markdown table, a row each.
+
+    Args:
+        corner: what stands above the names.
+        summaries: by name, as 'summary' in a result.
+        clip: the name of the CLIP model, for the headings.
+        sign: '+' writes it before positive values.
+    """
+    columns = {
+        name: (head.format(clip=clip), sign + form)
+        for name, (head, form) in MEASURES.items()
+        if any(name in each for each in summaries.values())
+    }
+    lines = [[corner, *(head for head, _ in columns.values())]]
+    for name, each in summaries.items():
+        cells = (_cell(each.get(key), form) for key, (_, form) in columns.items())
+        lines.append([name, *cells])
+    return markdown(lines)
+
+
+def _cell(about: Mapping[str, Any] | None, form: str) -> str:
+    if about is None:
+        return "–"
+    value = format(about["value"], form)
+    if about.get("low") is not None:
+        return f"{value} [{about['low']:{form}}, {about['high']:{form}}]"
+    return f"{value} ± {about['deviation']:{form}}" if "deviation" in about else value
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first the headings, as a Markdown table."""
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *body])

@@ -1,6 +1,7 @@
 """The command line, as typed: files written, tables printed, errors in one line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,9 @@ from lmc.translator import Translator
 import worlds
 
 OPTIONS = {
-    "evaluate": "--translator --shards --clip --source --prompt --batch-size --num-workers "
-    "--device --out",
+    "evaluate": "--translator --images --shards --real --clip --classes --source --prompt "
+    "--candidates --against --beside --batch-size --num-workers --device --offline --out "
+    "--named-by-prompt --eval-json",
     "translate": "INPUT --translator --to --out --device",
     "release": "RUN --out --results --row --picture",
     "closed-form": "--config --out --triplets --bins --batch-size --seed --each-channel "
@@ -164,27 +166,31 @@ def evaluate_args(world: Path, *translators: str) -> list[str]:
     paths = [str(world / name) for name in translators]
     return [
         *("evaluate", "--shards", f"{world}/shards/heldout-*.tar", "--clip", f"{world}/clip"),
-        *("--batch-size", "7", "--translator", *paths),
+        *("--offline", "--batch-size", "7", "--translator", *paths),
     ]
 
 
 def test_evaluate_writes_a_row_a_translator(world, tmp_path, capsys):
     out = tmp_path / "rows.json"
     main([*evaluate_args(world, "first", "other_run"), "--out", str(out)])
-    rows = json.loads(out.read_text())
+    rows = json.loads(out.read_text())["rows"]
     assert list(rows) == ["source", "first", "other_run"]
     assert all(row["images"] == 24 for row in rows.values())
-    assert rows["source"]["distance"] == 0 < rows["first"]["distance"]
-    assert rows["first"]["distance"] != rows["other_run"]["distance"]
-    assert rows["first"].keys() == rows["source"].keys()
+    distance = {name: row["summary"]["rmse"]["value"] for name, row in rows.items()}
+    assert distance["source"] == 0 < distance["first"] != distance["other_run"]
+    assert rows["first"].keys() == rows["source"].keys() | {"path"}
     printed = own_output(capsys)
-    assert len(printed) == 5 and printed[0].startswith("| loss |")
-    for line, (name, row) in zip(printed[2:], rows.items(), strict=True):
+    assert printed[0].startswith("|  | RMSE to source | 1 − SSIM to source | CLIP score (")
+    keys = ("rmse", "one_minus_ssim", "clip_score", "clip_score_100", "r_precision")
+    for line, (name, row) in zip(printed[2:5], rows.items(), strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[0] == name
-        keys = ("distance", "clip_score", "r_precision", "spectrum_error")
-        # Printed with three decimals.
-        assert [float(c) for c in cells[1:]] == pytest.approx([row[k] for k in keys], abs=6e-4)
+        for cell, key in zip(cells[1:], keys, strict=False):
+            about = row["summary"][key]
+            # Printed with one to three decimals.
+            shown = [float(x) for x in re.findall(r"-?[\d.]+", cell)]
+            expected = [about["value"], about["low"], about["high"]]
+            assert shown == pytest.approx(expected, abs=0.06 if key == "clip_score_100" else 6e-4)
 
 
 def test_releases_of_one_name_keep_a_row_each(world, tmp_path):
@@ -198,7 +204,7 @@ def test_releases_of_one_name_keep_a_row_each(world, tmp_path):
     except SystemExit as stopped:
         assert "release" in str(stopped.code)
     else:
-        assert len(json.loads(out.read_text())) == 3
+        assert len(json.loads(out.read_text())["rows"]) == 3
 
 
 def test_evaluate_says_what_is_wrong(world, tmp_path, capsys):
@@ -206,7 +212,8 @@ def test_evaluate_says_what_is_wrong(world, tmp_path, capsys):
     args = evaluate_args(world, "first")
     assert "no shards" in error(capsys, *args, "--shards", tmp_path / "none-*.tar")
     assert "nothing" in error(capsys, *args, "--clip", tmp_path / "nothing")
-    assert "other classes" in error(capsys, *args, str(tmp_path / "lions"))
+    said = error(capsys, *args, str(tmp_path / "lions"))
+    assert "lions does not know the class 'dog'" in said
 
 
 def test_release_end_to_end(world, inputs, tmp_path, capsys):
@@ -223,6 +230,12 @@ def test_release_end_to_end(world, inputs, tmp_path, capsys):
     for name, value in averaged(world / "run").items():
         assert torch.equal(weights[name], value)
     assert "'dds'" in error(capsys, *args, "--row", "dds")
+    evaluation = tmp_path / "evaluation.json"
+    main([*evaluate_args(world, "first"), "--out", str(evaluation)])
+    main([*args, "--results", str(evaluation), "--row", "first"])
+    value = json.loads(evaluation.read_text())["rows"]["first"]["summary"]["clip_score"]["value"]
+    assert f"| clip_score | {value:.4g} |" in (out / "README.md").read_text()
+    capsys.readouterr()
     assert "train first" in error(capsys, "release", tmp_path / "none", "--out", out)
 
 

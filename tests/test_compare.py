@@ -23,12 +23,13 @@ import lmc.compare
 import lmc.training.__main__ as training
 from lmc.cli import main
 from lmc.corrector import Corrector
-from lmc.evaluate import Clip, evaluate_translator
+from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
 from lmc.images import ImageStream
 from lmc.losses import NEGATIVE_PROMPT
 from lmc.priors import DiffusersPrior
 from lmc.release import load_averaged
 from lmc.report import table
+from lmc.results import numbers
 from lmc.specs import LOSSES, parse_specs
 from lmc.training.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
 
@@ -308,13 +309,13 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert config["model"]["loss"]["init_args"]["guidance_scale"] == 5, "the configuration's"
     stream = ImageStream(f"{world}/shards/heldout-*.tar", 16, 7, training=False)
     prompts = {name: f"a photo of a {name}" for name in ("dog", "bear")}
-    expected = evaluate_translator(
-        load_averaged(out / "cond" / "seed1")[0],
-        DataLoader(stream, batch_size=None),
-        Clip(str(world / "clip")),
-        prompts,
-        "a photo of a cat",
+    result = evaluate(
+        {"it": translated(load_averaged(out / "cond" / "seed1")[0])},
+        lambda: DataLoader(stream, batch_size=None),
+        Tools(clip=Clip(str(world / "clip"))),
+        Prompts(prompts, [*prompts.values(), "a photo of a cat"]),
     )
+    expected = numbers(result["rows"]["it"])
     for key in ("clip_score", "distance", "spectrum_error", "r_precision"):
         assert rows["cond"]["1"][key] == pytest.approx(expected[key], abs=1e-5)
     assert rows["cond"]["0"]["distance"] != rows["cond"]["1"]["distance"]
@@ -412,8 +413,8 @@ def test_a_run_that_cannot_be_measured(world, trained, copy):
     assert rows["cond"]["0"] == before["cond"]["0"]
     for label, seed, why in (
         ("cond", "1", "no checkpoint of"),
-        ("sds", "0", " is nan"),
-        ("sds", "1", " is nan"),
+        ("sds", "0", "is not finite"),
+        ("sds", "1", "is not finite"),
     ):
         assert set(rows[label][seed]) == {"failed", "log"} and why in rows[label][seed]["failed"]
         assert why in Path(rows[label][seed]["log"]).read_text()

@@ -1,34 +1,39 @@
-"""Metrics against independent implementations and known values; the runners on known networks."""
+"""The runners on known networks, folders of images and bad input; results and their comparison."""
 
+import json
 import math
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 
-import lpips
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from skimage.metrics import structural_similarity
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from lmc.cli import main
+from lmc.cli.evaluate import _named
 from lmc.corrector import Corrector
 from lmc.evaluate import (
     Clip,
     CorrectorErrors,
-    clip_score,
-    derivative_histogram,
-    distances,
+    Folder,
+    Prompts,
+    Tools,
+    evaluate,
     evaluate_corrector,
-    evaluate_translator,
-    one_minus_ssim,
-    power_spectrum,
-    r_precision,
-    rmse,
-    spectrum_error,
+    heldout_keys,
+    real_features,
+    score_named_by_prompt,
+    translated,
 )
-from lmc.images import ImageBatch, ImageStream, to_uint8
+from lmc.images import ImageBatch, ImageStream, from_uint8, to_uint8
+from lmc.metrics import fid, kid, one_minus_ssim, power_spectrum, rmse, saturation, spectrum_error
+from lmc.report import evaluation_text
+from lmc.results import combine, numbers, write_json
 from lmc.translator import Translator
 
 import worlds
@@ -36,6 +41,7 @@ from gaussian import small_prior
 
 SIZE = 16
 PROMPTS = {"dog": "a photo of a dog", "bear": "a photo of a bear"}
+CANDIDATES = [*PROMPTS.values(), "a photo of a cat"]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -78,191 +84,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_clip_folder(tmp_path_factory.mktemp("clip"))
 
 
-@pytest.fixture
-def no_weights(tmp_path: Path):
-    """Torch's hub folder, empty."""
-    before = torch.hub.get_dir()
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.hub.set_dir(str(tmp_path / "hub"))
-    yield tmp_path / "hub" / "checkpoints"
-    torch.hub.set_dir(before)
-
-
-# ---------------------------------------------------------------------------------------------
-# Statistics of images
-
-
-def numpy_spectrum(image: np.ndarray) -> np.ndarray:
-    """(C, S, S) to (S // 2,), coefficient by coefficient."""
-    size = image.shape[-1]
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
-    rings: dict[int, list[float]] = {}
-    for channel in image:
-        power = np.abs(np.fft.fft2((channel - channel.mean()) * np.outer(hann, hann))) ** 2
-        for y in range(size):
-            for x in range(size):
-                fy, fx = (k if k < size / 2 else k - size for k in (y, x))
-                ring = rings.setdefault(round(math.sqrt(fy**2 + fx**2)), [])
-                ring.append(power[y, x] / size**2)
-    return np.array([np.mean(rings[r]) for r in range(1, size // 2 + 1)])
-
-
-@pytest.mark.parametrize("size", [16, 24])
-def test_the_power_spectrum_agrees_with_numpy(size):
-    images = random(2, 3, size, size).double()
-    expected = np.stack([numpy_spectrum(image) for image in images.numpy()])
-    torch.testing.assert_close(power_spectrum(images), torch.from_numpy(expected))
-
-
-@pytest.mark.parametrize("cycles", [3, 7, 12])
-def test_a_sine_peaks_in_its_own_ring(cycles):
-    wave = torch.sin(2 * torch.pi * cycles * torch.arange(32) / 32)
-    for image in (wave.expand(1, 3, 32, 32), wave[:, None].expand(1, 3, 32, 32)):
-        spectrum = power_spectrum(image)[0]
-        assert spectrum.argmax() + 1 == cycles
-        far = (torch.arange(1, 17) - cycles).abs() > 2  # Hann's lobe is one frequency wide
-        assert spectrum[far].max() < 1e-3 * spectrum.max()
-
-
-def test_white_noise_has_the_level_of_the_window():
-    """σ² times the mean square of Hann's window along each axis, (3/8)².
-
-    200 x 3 pictures make the rarest ring (8 coefficients, half of them independent) an average
-    of more than 2,000 exponential variables: 2 % each; 10 % is beyond five deviations.
-    """
-    noise = 0.3 * torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    spectrum = power_spectrum(noise).mean(0)
-    # The first ring loses a little to the subtracted mean, which the window smears into it.
-    torch.testing.assert_close(spectrum[1:] / 0.09 / 0.375**2, torch.ones(15), rtol=0.1, atol=0)
-
-
-def test_blur_takes_the_high_frequencies():
-    sharp = random(4, 3, 32, 32)
-    blurred = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="circular"), 3, 1)
-    ratio = power_spectrum(blurred).mean(0) / power_spectrum(sharp).mean(0)
-    assert ratio[0] > 0.8 and ratio[7:].max() < 0.5
-
-
-def test_spectrum_error_is_in_decades():
-    spectrum = power_spectrum(random(1, 3, 32, 32))[0]
-    assert spectrum_error(spectrum, spectrum) == 0
-    for factor in (100, 0.01):
-        assert spectrum_error(factor * spectrum, spectrum).item() == pytest.approx(2, rel=1e-5)
-    half = torch.where(torch.arange(16) < 8, 10.0, 0.1)  # ups and downs must not cancel
-    assert spectrum_error(half * spectrum, spectrum).item() == pytest.approx(1, rel=1e-5)
-
-
-def test_rmse_is_per_image():
-    image = random(2, 3, 8, 8)
-    other = image + torch.tensor([0.5, -0.1])[:, None, None, None]
-    torch.testing.assert_close(rmse(other, image), torch.tensor([0.5, 0.1]))
-    single = torch.zeros(1, 3, 8, 8)
-    single[0, 0, 0, 0] = 1
-    assert rmse(single, torch.zeros(1, 3, 8, 8)).item() == pytest.approx((1 / 192) ** 0.5)
-
-
-def test_ssim_agrees_with_scikit_image():
-    """Gaussian of σ = 1.5, 11 x 11, over all pixels: torchmetrics mirrors the border's five where
-    scikit-image leaves them out, so that it is given the mirrored ones here. 1e-4 is float32's
-    rounding of variances as differences of squares, against float64."""
-    image, noise = random(3, 3, 32, 32), random(3, 3, 32, 32, seed=1)
-    other = (image + torch.tensor([0.0, 0.2, 1.0])[:, None, None, None] * noise).clamp(-1, 1)
-    expected = []
-    for pair in zip(other, image, strict=True):
-        a, b = (np.pad(x.double().numpy(), ((0, 0), (5, 5), (5, 5)), "reflect") for x in pair)
-        ssim = structural_similarity(
-            a,
-            b,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            data_range=2,
-            channel_axis=0,
-        )
-        expected.append(1 - ssim)
-    assert expected[2] > 0.5 > expected[1] > 0.05
-    result = one_minus_ssim(other, image).double()
-    torch.testing.assert_close(result, torch.tensor(expected).double(), rtol=0, atol=1e-4)
-    assert one_minus_ssim(image[:1], image[:1]).shape == (1,)
-
-
-def test_the_derivative_histogram_of_a_ramp_is_one_bin():
-    """Steps of 0.1 downwards; sideways ones do not count. Bins are 2/101 wide."""
-    down = torch.linspace(-1, 1, 21)[:, None].expand(1, 3, 21, 5)
-    histogram = derivative_histogram(down)
-    assert histogram.shape == (101,)
-    assert histogram.argmax() == math.floor(1.1 * 101 / 2) and histogram.max() == 1
-    assert derivative_histogram(down.mT).argmax() == 50
-    assert derivative_histogram(2 * random(2, 3, 8, 8)).sum().item() == pytest.approx(1)
-
-
-# ---------------------------------------------------------------------------------------------
-# CLIP
-
-
-def test_clip_score_is_the_cosine():
-    images = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
-    texts = torch.tensor([[5.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-    torch.testing.assert_close(clip_score(images, texts), torch.tensor([1, 0, -(0.5**0.5)]))
-
-
-def test_r_precision_ranks_by_cosine():
-    """Not by dot product: the second text is long but points elsewhere."""
-    texts = torch.tensor([[1.0, 0.0], [5.0, 5.0], [0.0, 1.0]])
-    images = torch.tensor([[9.0, 1.0], [1.0, 1.1], [0.1, 1.0], [1.0, 0.0]])
-    assert r_precision(images, texts, torch.tensor([0, 1, 0, 2])).tolist() == [1, 1, 0, 0]
-
-
-def test_clip_agrees_with_its_processor(clip_folder):
-    """On images of the model's own size; 1e-5 is float32's rounding."""
-    clip, processor = Clip(str(clip_folder)), CLIPProcessor.from_pretrained(clip_folder)
-    model = CLIPModel.from_pretrained(clip_folder).eval()
-    pixels = to_uint8(random(3, 3, SIZE, SIZE))
-    prompts = ["a photo of a dog", "a cat", ""]
-    files = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pixels]
-    with torch.no_grad():
-        out = model(**processor(text=prompts, images=files, return_tensors="pt", padding=True))
-    image, text = clip.images(pixels.float() / 127.5 - 1), clip.texts(prompts)
-    for mine, theirs in ((image, out.image_embeds), (text, out.text_embeds)):
-        torch.testing.assert_close(F.normalize(mine), theirs, rtol=0, atol=1e-5)
-    assert (out.image_embeds[0] - out.image_embeds[1]).abs().max() > 1e-3
-
-
-def test_clip_takes_other_sizes_and_long_prompts(clip_folder):
-    clip = Clip(str(clip_folder))
-    flat = torch.full((1, 3, SIZE, SIZE), 0.3)
-    large = torch.full((1, 3, 50, 50), 0.3)
-    torch.testing.assert_close(clip.images(large), clip.images(flat), rtol=0, atol=1e-5)
-    assert clip.texts(["long " * 100]).shape == (1, 8)
-
-
-def test_a_missing_clip_is_named(tmp_path):
-    with pytest.raises(OSError, match="nothing_here"):
-        Clip(str(tmp_path / "nothing_here"))
-
-
-# ---------------------------------------------------------------------------------------------
-# The runners
-
-
-def test_lpips_is_only_offered_with_its_weights(no_weights, monkeypatch):
-    assert list(distances()) == ["rmse", "one_minus_ssim"]
-    (no_weights / "vgg16-397923af.pth").touch()
-    assert "lpips" not in distances()
-    (no_weights / "alexnet-owt-7be5be79.pth").touch()
-
-    class Fake(torch.nn.Module):
-        def __init__(self, net: str, **options: bool) -> None:
-            super().__init__()
-            assert net == "alex"
-
-        def forward(self, image, source):
-            return torch.full((len(image), 1, 1, 1), 7.0)
-
-    monkeypatch.setattr(lpips, "LPIPS", Fake)
-    found = distances()
-    assert list(found) == ["lpips", "rmse", "one_minus_ssim"]
-    assert found["lpips"](random(2, 3, 8, 8), random(2, 3, 8, 8)).tolist() == [7, 7]
+@pytest.fixture(scope="module")
+def tools(clip_folder: Path) -> Tools:
+    return Tools({"rmse": rmse, "one_minus_ssim": one_minus_ssim}, Clip(str(clip_folder)))
 
 
 class Known(Translator):
@@ -276,75 +100,690 @@ class Known(Translator):
         return self.function(image, class_id)
 
 
-def half_batches(count: int = 11) -> list[ImageBatch]:
-    """Images within ±0.5, in batches of 4, 4 and 3."""
-    images = 0.5 * random(count, 3, SIZE, SIZE)
-    return [ImageBatch(x, ["k"] * len(x), ["cat"] * len(x)) for x in images.split(4)]
+def steps(first: int, second: int) -> Known:
+    """The image some 8-bit steps brighter, for each class."""
+    return Known(lambda x, i: x + torch.where(i == 0, first, second)[:, None, None, None] / 127.5)
 
 
-def measure(clip_folder: Path, translator: Translator | None, batches=None):
-    clip = Clip(str(clip_folder))
+def half_batches(count: int = 11, size: int = 4) -> list[ImageBatch]:
+    """8-bit images within ±0.5, in batches; the keys are not in order."""
+    images = from_uint8(to_uint8(0.5 * random(count, 3, SIZE, SIZE)))
+    keys = [f"{i * 3 % count:02d}" for i in range(count)]
+    return [
+        ImageBatch(images[i : i + size], keys[i : i + size], ["cat"] * len(keys[i : i + size]))
+        for i in range(0, count, size)
+    ]
+
+
+def measure(tools: Tools, *translators: Translator | None, batches=None, **more) -> dict:
+    """A result with a row 'source' of None, and rows 'a', 'b' … of translators."""
+    names = iter("abc")
+    rows = {
+        "source" if x is None else next(names): x if x is None else translated(x)
+        for x in translators
+    }
     batches = half_batches() if batches is None else batches
-    return evaluate_translator(translator, batches, clip, PROMPTS, "a photo of a cat")
+    return evaluate(rows, lambda: batches, tools, Prompts(PROMPTS, CANDIDATES), **more)
 
 
-def test_the_identity_has_no_distance(clip_folder, no_weights):
-    row = measure(clip_folder, Known(lambda image, class_id: image))
+def rows(result: dict) -> dict:
+    return {name: numbers(row) for name, row in result["rows"].items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# The numbers
+
+
+def test_the_identity_has_no_distance(tools):
+    found = rows(measure(tools, None, Known(lambda image, class_id: image)))
+    row = found["a"]
     assert row["images"] == 11 and row["distance_name"] == "rmse"
-    assert row["distance"] == row["distances"]["rmse"] == 0
-    # Spectra are summed in another order: float32's rounding.
-    assert row["spectrum_error"] == pytest.approx(0, abs=1e-5)
+    assert row["distance"] == row["distances"]["rmse"] == row["spectrum_error"] == 0
     assert row["distances"]["one_minus_ssim"] == pytest.approx(0, abs=1e-5)
-    assert row == measure(clip_folder, None)
+    assert row == found["source"]
 
 
-def test_a_known_change_has_known_numbers(clip_folder, no_weights):
-    """+0.3 for one class and +0.1 for the other; half the contrast is a quarter of the power."""
-    row = measure(
-        clip_folder, Known(lambda x, i: x + torch.where(i == 0, 0.3, 0.1)[:, None, None, None])
-    )
-    assert row["distance"] == pytest.approx(0.2, abs=1e-5)
-    assert row["spectrum_error"] == pytest.approx(0, abs=1e-4)
-    row = measure(clip_folder, Known(lambda image, class_id: image / 2))
-    assert row["spectrum_error"] == pytest.approx(math.log10(4), rel=1e-4)
+def test_a_known_change_has_known_numbers(tools):
+    """+38 steps for one class and +14 for the other; half the contrast, a quarter of the power,
+    but for the rounding to bytes."""
+    result = measure(tools, steps(38, 14))
+    row = result["rows"]["a"]["summary"]["rmse"]
+    assert row["value"] == pytest.approx(26 / 127.5, abs=1e-6)
+    assert row["by_class"]["dog"]["value"] == pytest.approx(38 / 127.5, abs=1e-6)
+    for bound in ("low", "high"):  # every image is as far: the interval has no width
+        assert row["by_class"]["bear"][bound] == pytest.approx(14 / 127.5, abs=1e-6)
+    assert rows(result)["a"]["spectrum_error"] == pytest.approx(0, abs=1e-4)
+    row = rows(measure(tools, Known(lambda image, class_id: image / 2)))["a"]
+    assert row["spectrum_error"] == pytest.approx(math.log10(4), abs=0.01)
 
 
-def test_scores_are_means_over_images_and_classes(clip_folder, no_weights):
+def outputs() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sources in the keys' order, and 8-bit outputs of `scaled`, for reference."""
+    batches = half_batches()
+    order = np.argsort([key for batch in batches for key in batch.key])
+    source = torch.cat([batch.image for batch in batches])[order.copy()]
+    factors = {"dog": 1.7, "bear": -2.3}
+    return source, {name: from_uint8(to_uint8(f * source)) for name, f in factors.items()}
+
+
+def scaled() -> Known:
+    return Known(lambda x, i: x * torch.where(i == 0, 1.7, -2.3)[:, None, None, None])
+
+
+def test_scores_are_means_over_images_and_classes(tools):
     """Against CLIP's embeddings one output at a time."""
-    translator = Known(lambda x, i: x * torch.where(i == 0, 1.7, -1.3)[:, None, None, None])
-    row = measure(clip_folder, translator)
-    clip = Clip(str(clip_folder))
-    texts = F.normalize(clip.texts([*PROMPTS.values(), "a photo of a cat"]))
-    images = torch.cat([batch.image for batch in half_batches()])
-    scores, hits = [], {"dog": [], "bear": []}
-    for i, (name, factor) in enumerate((("dog", 1.7), ("bear", -1.3))):
-        for image in images:
-            cosines = (F.normalize(clip.images(factor * image[None])) @ texts.T)[0].tolist()
-            scores.append(cosines[i])
-            hits[name].append(max(cosines) == cosines[i])
-    assert row["clip_score"] == pytest.approx(np.mean(scores), abs=1e-5)
-    assert row["r_precision_by_class"] == pytest.approx({n: np.mean(h) for n, h in hits.items()})
-    assert row["r_precision"] == pytest.approx(np.mean(list(row["r_precision_by_class"].values())))
+    result = measure(tools, scaled())
+    row = result["rows"]["a"]
+    texts = F.normalize(tools.clip.texts(CANDIDATES))
+    scores, confusion = {}, {}
+    for i, (name, images) in enumerate(outputs()[1].items()):
+        embedded = [F.normalize(tools.clip.images(image[None])) for image in images]
+        table = [(x @ texts.T)[0].tolist() for x in embedded]
+        scores[name] = [line[i] for line in table]
+        first = [int(np.argmax(line)) for line in table]
+        confusion[name] = [first.count(place) for place in range(3)] + [0]
+        hits = row["per_image"]["r_precision"][name]
+        assert hits == [float(place == i) for place in first]
+        cell = row["summary"]["r_precision"]["by_class"][name]
+        assert cell["value"] == pytest.approx(np.mean(hits))
+        assert row["per_image"]["clip_score"][name] == pytest.approx(scores[name], abs=1e-5)
+    assert row["confusion"] == confusion
+    assert row["summary"]["clip_score"]["value"] == pytest.approx(
+        np.mean(list(scores.values())), abs=1e-5
+    )
+    hundred = 100 * np.maximum(0, list(scores.values())).mean()
+    assert row["summary"]["clip_score_100"]["value"] == pytest.approx(hundred, abs=1e-3)
+    assert 0 < hundred != pytest.approx(100 * row["summary"]["clip_score"]["value"])
+    assert rows(result)["a"]["r_precision_by_class"] == {
+        name: pytest.approx(confusion[name][i] / 11) for i, name in enumerate(PROMPTS)
+    }
 
 
-def test_evaluation_reads_shards(clip_folder, no_weights, tmp_path):
+def test_statistics_are_of_the_outputs(tools):
+    """Channels, saturation, spectra and histograms, against numpy on all outputs at once."""
+    result = measure(tools, scaled())
+    row, (source, made) = result["rows"]["a"], outputs()
+    every = torch.cat(list(made.values())).double().numpy()
+    for i, name in enumerate(("red", "green", "blue")):
+        mean, deviation = (row["summary"][f"{x}_{name}"]["value"] for x in ("mean", "deviation"))
+        assert mean == pytest.approx(every[:, i].mean(), abs=1e-6)
+        assert deviation == pytest.approx(every[:, i].std((1, 2)).mean(), abs=1e-6)
+    ends = row["summary"]["saturation"]
+    assert ends["value"] == pytest.approx((np.abs(every) == 1).mean()) and ends["value"] > 0
+    assert ends["by_class"]["dog"]["value"] == saturation(made["dog"]).mean() == 0
+    for name, images in {**made, "all": torch.cat(list(made.values()))}.items():
+        expected = power_spectrum(images).mean(0)
+        torch.testing.assert_close(torch.tensor(row["spectra"][name]), expected, rtol=1e-5, atol=0)
+        steps = np.clip(np.diff(images.numpy(), axis=2), -1, 1)
+        counts, _ = np.histogram(steps, 101, (-1, 1))
+        assert row["histograms"][name] == pytest.approx(counts / counts.sum(), rel=1e-5)
+    expected = power_spectrum(source).mean(0)
+    torch.testing.assert_close(torch.tensor(result["source"]["spectrum"]), expected)
+    assert sum(result["source"]["histogram"]) == pytest.approx(1, abs=1e-4)
+    error = row["summary"]["spectrum_error"]
+    pairs = {"all": "value", "dog": "dog"}
+    for name, where in pairs.items():
+        cell = error if where == "value" else error["by_class"][where]
+        spectrum = torch.tensor(row["spectra"][name])
+        assert cell["value"] == pytest.approx(spectrum_error(spectrum, expected).item(), abs=1e-4)
+        assert cell["low"] < cell["value"] < cell["high"]
+
+
+def test_intervals_are_those_of_resampled_images(tools):
+    """All outputs of an image are drawn together: by a loop over numpy's own draws, whose
+    quantiles scatter by some hundredths of the interval's width."""
+    row = measure(tools, scaled())["rows"]["a"]
+    values = np.array([row["per_image"]["rmse"][name] for name in PROMPTS]).mean(0)
+    generator = np.random.default_rng(5)
+    means = [values[generator.integers(0, 11, 11)].mean() for _ in range(4000)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    cell = row["summary"]["rmse"]
+    assert cell["n"] == 11 and cell["low"] < cell["value"] < cell["high"]
+    for mine, expected in ((cell["low"], low), (cell["high"], high)):
+        assert mine == pytest.approx(expected, abs=0.08 * (high - low))
+
+
+def test_one_image_has_no_interval(tools):
+    row = measure(tools, scaled(), batches=half_batches(1))["rows"]["a"]
+    for name, cell in row["summary"].items():
+        assert cell["low"] is None is cell["high"] and cell["n"] == 1, name
+
+
+def test_rows_are_compared_image_by_image(tools):
+    """A constant shift between two rows has no width, however the rows themselves scatter."""
+
+    def noisy(image, class_id, more=0):
+        generator = torch.Generator().manual_seed(0)
+        scale = torch.rand(SIZE, generator=generator) * 0.2
+        return from_uint8(to_uint8(image * scale)) + more / 127.5
+
+    result = measure(
+        tools, None, Known(noisy), Known(lambda x, i: noisy(x, i, 20)), Known(lambda x, i: x)
+    )
+    assert list(result["differences"]) == ["b", "c"], "the source is compared only if named"
+    by_hand = {}
+    for name in "abc":
+        per_image = result["rows"][name]["per_image"]
+        by_hand[name] = {m: np.mean([v[c] for c in PROMPTS], 0) for m, v in per_image.items()}
+    for name in "bc":
+        about = result["differences"][name]
+        assert about["against"] == "a"
+        for measure_, cell in about["summary"].items():
+            if measure_ != "spectrum_error":
+                delta = by_hand[name][measure_] - by_hand["a"][measure_]
+                assert cell["value"] == pytest.approx(delta.mean(), abs=2e-4), measure_
+                assert cell["low"] <= cell["value"] + 1e-9 and cell["value"] - 1e-9 <= cell["high"]
+    shift = result["differences"]["b"]["summary"]["mean_red"]
+    for key in ("value", "low", "high"):
+        assert shift[key] == pytest.approx(20 / 127.5, abs=1e-6)
+    own = result["rows"]["b"]["summary"]["mean_red"]
+    assert own["high"] - own["low"] > 1e-4
+    error = result["differences"]["c"]["summary"]["spectrum_error"]
+    assert error["high"] < 0 and error["value"] == pytest.approx(
+        -result["rows"]["a"]["summary"]["spectrum_error"]["value"]
+    )
+    other = measure(tools, None, Known(noisy), against="source")["differences"]["a"]
+    assert other["against"] == "source" and other["summary"]["rmse"]["low"] > 0
+    with pytest.raises(ValueError, match=r"no row 'x' to compare against; there are source, a"):
+        measure(tools, None, Known(noisy), against="x")
+
+
+def test_the_batches_and_their_order_do_not_matter(tools):
+    """But for float32's last digits, which a convolution's batch may change."""
+    first = measure(tools, None, scaled(), batches=half_batches(size=4))
+    for size in (1, 11):
+        batches = half_batches(size=size)[::-1]
+        other = measure(tools, None, scaled(), batches=batches)
+        assert other["heldout"] == first["heldout"]
+        assert_close(other["rows"], first["rows"])
+    assert first["heldout"]["keys"] == sorted(first["heldout"]["keys"])
+
+
+def assert_close(one, other) -> None:
+    """Nested dicts and lists of numbers."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_close(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_close(a, b)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    else:
+        assert one == other
+
+
+def test_tied_prompts_are_no_hits(tools):
+    """Two candidates whose tokens are the same: first by either is a tie."""
+
+    class Same(Clip):
+        def texts(self, prompts):
+            return torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+
+        def images(self, image):
+            return image.mean((2, 3))[:, :2].sign()
+
+    clip = Same(tools.clip.name)
+    made = Known(lambda x, i: torch.where(i == 0, 0.5, -0.5)[:, None, None, None] + 0 * x)
+    row = measure(Tools(tools.distances, clip), made)["rows"]["a"]
+    assert row["confusion"] == {"dog": [0, 0, 0, 11], "bear": [0, 0, 0, 11]}
+    assert row["summary"]["r_precision"]["value"] == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# KID and FID
+
+
+def test_kid_and_fid_are_of_all_classes_and_each(tools):
+    def inception(pixels):
+        assert pixels.dtype == torch.uint8
+        return pixels.float().mean((2, 3)) / 255 + pixels.float().std((2, 3)) / 255
+
+    with_sets = Tools(tools.distances, None, inception)
+    pictures = 0.8 * random(20, 3, SIZE, SIZE, seed=3)
+    labels = ["bear", "dog", "fox", "dog"] * 5
+    batches = [
+        ImageBatch(
+            pictures[i : i + 6], [f"{k}" for k in range(i, i + 6)][: 20 - i], labels[i : i + 6]
+        )
+        for i in range(0, 20, 6)
+    ]
+    real = real_features(batches, with_sets, list(PROMPTS))
+    assert {name: len(x) for name, x in real.items()} == {"dog": 10, "bear": 5}
+    result = measure(with_sets, scaled(), real=real)
+    summary = result["rows"]["a"]["summary"]
+    made = {name: inception(to_uint8(x)) for name, x in outputs()[1].items()}
+    expected = fid(real["dog"], made["dog"])
+    assert summary["fid"]["by_class"]["dog"]["value"] == pytest.approx(expected, rel=1e-4)
+    both = (torch.cat([x[name] for name in PROMPTS]) for x in (real, made))
+    together = list(both)
+    # The order of the images decides KID's subsets, so that only its unbiased mean is the same.
+    mean, deviation = kid(*together)
+    assert summary["kid"]["value"] == pytest.approx(mean, abs=deviation)
+    assert summary["fid"]["value"] == pytest.approx(fid(*together), rel=1e-4)
+    assert summary["fid"]["real"] == 15 and summary["fid"]["outputs"] == 22
+    assert summary["kid"]["deviation"] > 0 and summary["kid"]["subset"] == 7
+    for name in ("kid", "fid"):
+        assert summary[name]["low"] is None and summary[name]["n"] == 11
+    assert result["settings"]["real"] == {"dog": 10, "bear": 5}
+    assert "kid" not in measure(with_sets, scaled())["rows"]["a"]["summary"]
+    with pytest.raises(ValueError, match="0 real images of the class 'owl'"):
+        real_features(batches, with_sets, ["dog", "owl"])
+    broken = ImageBatch(pictures[:1], ["k"], ["dog"], skipped=("x in y: cut off",))
+    with pytest.raises(ValueError, match="x in y: cut off"):
+        real_features([broken], with_sets, ["dog"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_evaluation_reads_shards(tools, tmp_path):
     shards = f"{worlds.write_world(tmp_path)}/heldout-*.tar"
-    row = measure(clip_folder, None, ImageStream(shards, SIZE, 5, training=False))
-    assert row["images"] == 24
+    result = measure(tools, None, batches=ImageStream(shards, SIZE, 5, training=False))
+    assert result["heldout"]["count"] == result["rows"]["source"]["images"] == 24
 
 
-def test_a_batch_of_broken_samples_does_not_end_the_evaluation(clip_folder, no_weights, tmp_path):
+def test_a_broken_sample_is_excluded_and_named(tools, tmp_path):
     """What is left at the end of a pass may hold no picture at all."""
     good = worlds.png(random(3, SIZE, SIZE))
     samples = [("a", good, "png", {"label": "cat"}), ("b", b"broken", "png", {"label": "cat"})]
     worlds.write_shard(tmp_path / "heldout-00000.tar", samples)
     stream = ImageStream(f"{tmp_path}/heldout-*.tar", SIZE, 1, training=False)
-    assert measure(clip_folder, None, stream)["images"] == 1
+    assert heldout_keys(stream)[0] == ["a"]
+    result = measure(tools, None, scaled(), batches=stream)
+    assert result["heldout"]["count"] == 1 and result["heldout"]["keys"] == ["a"]
+    (line,) = result["heldout"]["excluded"]
+    assert line.startswith("b in ")
+    text = evaluation_text(result)
+    assert "1 held-out images cannot be read and are in no figure" in text and line in text
 
 
-def test_no_images_is_an_error(clip_folder, no_weights):
-    with pytest.raises(ValueError, match="no held-out images"):
-        measure(clip_folder, None, [])
+def test_no_images_and_doubled_ones_are_errors(tools):
+    for batches, said in (
+        ([], "no held-out images"),
+        (half_batches()[:1] * 2, "the key 00 twice"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            measure(tools, None, batches=batches)
+        with pytest.raises(ValueError, match=said):
+            heldout_keys(batches)
+
+
+def test_outputs_that_are_not_finite_or_not_of_the_size_are_named(tools):
+    def spoilt(image, class_id):
+        bad = (class_id == 1) & (image[:, 0, 0, 0] == half_batches()[1].image[2, 0, 0, 0])
+        return torch.where(bad[:, None, None, None], torch.nan, image)
+
+    key = half_batches()[1].key[2]
+    with pytest.raises(ValueError, match=f"a: the output for {key} to 'bear' is not finite"):
+        measure(tools, Known(spoilt))
+    with pytest.raises(ValueError, match=r"a: the outputs to 'dog' have 8 x 8 pixels, .* 16 x 16"):
+        measure(tools, Known(lambda x, i: x[..., ::2, ::2]))
+
+
+def test_prompts_are_checked():
+    with pytest.raises(ValueError, match="'a photo of a bear', the prompt of bear, is not among"):
+        Prompts(PROMPTS, CANDIDATES[:1])
+    with pytest.raises(ValueError, match="'a photo of a dog' is given twice"):
+        Prompts(PROMPTS, [*CANDIDATES, CANDIDATES[0]])
+
+
+def test_tools_say_what_is_left_out(monkeypatch, tmp_path):
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path))
+    try:
+        small = Tools.load("nobody/nothing", 16, sets=True, offline=True)
+        large = Tools.load("nobody/nothing", 64, sets=False, offline=True)
+    finally:
+        torch.hub.set_dir(before)
+    assert list(small.distances) == list(large.distances) == ["rmse", "one_minus_ssim"]
+    assert small.clip is None and small.inception is None
+    starts = ("lpips left out: ", "clip_score, r_precision left out: ", "kid, fid left out: ")
+    assert len(small.left_out) == 3 and len(large.left_out) == 2
+    for line, start in zip(small.left_out, starts, strict=True):
+        assert line.startswith(start) and "\n" not in line
+    assert "16 pixels" in small.left_out[0] and "alexnet" in large.left_out[0]
+    result = measure(small, scaled())
+    assert result["left_out"] == small.left_out and result["settings"]["clip"] is None
+    assert not {"clip_score", "r_precision", "kid"} & set(result["rows"]["a"]["summary"])
+    assert all(line in evaluation_text(result) for line in small.left_out)
+    assert numbers(result["rows"]["a"])["r_precision_by_class"] == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders of images
+
+
+def write_outputs(folder: Path, images: dict[str, torch.Tensor], keys: list[str]) -> Path:
+    for name, several in images.items():
+        for key, image in zip(keys, several, strict=True):
+            file = folder / name / f"{key}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(worlds.png(image))
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Folder, list[str]]:
+    """What `scaled` makes of `half_batches`, as files."""
+    keys = sorted(key for batch in half_batches() for key in batch.key)
+    return Folder(write_outputs(tmp_path / "made", outputs()[1], keys)), keys
+
+
+def test_a_folder_of_outputs_measures_as_their_translator(tools, made):
+    folder, keys = made
+    folder.check(list(PROMPTS), keys, [])
+    assert folder.size() == SIZE
+    prompts = Prompts(PROMPTS, CANDIDATES)
+    result = evaluate(
+        {"files": folder, "network": translated(scaled())}, half_batches, tools, prompts
+    )
+    assert_close(result["rows"]["files"], result["rows"]["network"])
+    assert result["differences"]["network"]["summary"]["rmse"]["value"] == 0
+
+
+def test_a_folder_that_does_not_fit_is_refused(made, tmp_path):
+    folder, keys = made
+    path = folder.path
+    folder.check(["dog"], keys, [])
+    with pytest.raises(ValueError, match=r"11 held-out images have no output in .*made/fox"):
+        folder.check(["fox"], keys, [])
+    with pytest.raises(ValueError, match=r"1 held-out images have no output in .*dog, such as 77"):
+        folder.check(["dog"], [*keys, "77"], [])
+    with pytest.raises(ValueError, match=r"2 images in .*dog have no held-out source, such as 00"):
+        folder.check(["dog"], keys[2:], [])
+    folder.check(["dog"], keys[1:], [f"{keys[0]} in heldout-00000.tar: cut off"])
+    (path / "dog" / "00.jpg").write_bytes(worlds.png(random(3, SIZE, SIZE), suffix="jpg"))
+    with pytest.raises(ValueError, match=r"00\.jpg and .*00\.png are of the same key"):
+        Folder(path)
+    (path / "dog" / "00.jpg").unlink()
+    (path / "bear" / "03.png").write_bytes(worlds.png(random(3, 8, 8)))
+    with pytest.raises(ValueError, match=r"bear/03\.png has 8 x 8 pixels and .* 16 x 16"):
+        Folder(path).size()
+    (path / "bear" / "03.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"bear/03\.png cannot be read"):
+        Folder(path).size()
+    (tmp_path / "empty" / "dog").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty holds no images"):
+        Folder(tmp_path / "empty")
+
+
+def test_a_folder_is_read_once_by_all_processes(made):
+    folder, keys = made
+    seen = [
+        (label, key)
+        for rank in range(2)
+        for batch in folder.batches(4, rank, 2)
+        for label, key in zip(batch.label, batch.key, strict=True)
+    ]
+    assert sorted(seen) == sorted((name, key) for name in PROMPTS for key in keys)
+    batch = next(folder.batches(4))
+    first = list(PROMPTS).index(batch.label[0])
+    expected = list(outputs()[1].values())[first][keys.index(batch.key[0])]
+    torch.testing.assert_close(batch.image[0], expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# Results beside each other
+
+
+def test_results_over_the_same_images_stand_side_by_side(tools):
+    one, two = measure(tools, None, scaled()), measure(tools, None, steps(9, 20))
+    two["rows"]["other"] = two["rows"].pop("a")
+    both = combine({"one.json": one, "two.json": two}, "a")
+    assert list(both["rows"]) == ["source", "a", "other"]
+    together = measure(tools, None, scaled(), steps(9, 20))["differences"]["b"]["summary"]
+    apart = both["differences"]["other"]["summary"]
+    assert set(together) - set(apart) == {"spectrum_error"}
+    for name, cell in apart.items():
+        for key in ("value", "low", "high"):
+            assert cell[key] == pytest.approx(together[name][key], abs=1e-4), name
+    assert combine({"one.json": one}, "a")["differences"] == one["differences"]
+
+
+def test_results_that_cannot_be_compared_are_refused(tools):
+    one = measure(tools, None, scaled())
+    other = measure(tools, None, steps(1, 2), batches=half_batches(10))
+    digests = [x["heldout"]["digest"][:16] for x in (one, other)]
+    with pytest.raises(ValueError, match="different held-out images") as error:
+        combine({"one.json": one, "other.json": other}, None)
+    assert all(x in str(error.value) for x in (*digests, "one.json", "other.json"))
+    # The same keys with other pixels are other images.
+    batches = half_batches()
+    batches[0].image = -batches[0].image
+    changed = measure(tools, steps(1, 2), batches=batches)
+    with pytest.raises(ValueError, match="different held-out images"):
+        combine({"one": one, "changed": changed}, None)
+    with pytest.raises(ValueError, match="one and two both have a row 'a'"):
+        combine({"one": one, "two": one}, None)
+    for key, value in (("clip", "another"), ("candidates", ["x"]), ("distance", "lpips")):
+        two = {**one, "rows": {}, "settings": {**one["settings"], key: value}}
+        with pytest.raises(ValueError, match=f"{key} is .* in one and .* in two"):
+            combine({"one": one, "two": two}, None)
+    for wrong in ({}, [], {**one, "version": 0}):
+        with pytest.raises(ValueError, match=r"x\.json is no result of lmc evaluate"):
+            combine({"one": one, "x.json": wrong}, None)
+    with pytest.raises(ValueError, match="no row 'x'"):
+        combine({"one": one}, "x")
+
+
+def test_rows_over_different_images_are_refused(tools):
+    """Should the shards change between two rows."""
+    passes = iter([half_batches(), half_batches(10)])
+    with pytest.raises(ValueError, match="source and a are of different held-out images"):
+        evaluate(
+            {"source": None, "a": translated(scaled())},
+            lambda: next(passes),
+            tools,
+            Prompts(PROMPTS, CANDIDATES),
+        )
+
+
+def test_the_json_is_whole_and_short(tools, tmp_path):
+    result = measure(tools, None, scaled())
+    file = tmp_path / "deep" / "result.json"
+    write_json(file, result)
+    text = file.read_text()
+    assert json.loads(text) == result
+    assert [x.name for x in file.parent.iterdir()] == ["result.json"]
+    keys = result["heldout"]["keys"]
+    assert f'"keys": {json.dumps(keys)}' in text, "a list is a line"
+    assert len(text) < 30_000
+    for words in (["a, b", "c[0]", "{d"], [["x"], []], ["new\nline", "e"]):
+        write_json(file, words)
+        assert json.loads(file.read_text()) == words
+
+
+def test_the_table_says_what_it_is_of(tools):
+    result = measure(tools, None, scaled(), steps(3, 5))
+    text = evaluation_text(result)
+    lines = text.splitlines()
+    name = tools.clip.name
+    assert f"CLIP score ({name})" in lines[0] and "100 max(cos, 0)" in lines[0]
+    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    summary = result["rows"]["a"]["summary"]
+    numbers_ = [summary["rmse"][key] for key in ("value", "low", "high")]
+    assert cells[:2] == ["a", "{:.3f} [{:.3f}, {:.3f}]".format(*numbers_)]
+    assert "over 11 held-out images" in text
+    assert all(repr(candidate) in text for candidate in CANDIDATES)
+    assert "| minus a |" in text and "| R-Precision | dog | bear |" in text
+    delta = result["differences"]["b"]["summary"]["rmse"]["value"]
+    assert f"| b | {delta:+.3f} [" in text
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    """Held-out shards, two releases, and real images of the classes."""
+    folder = tmp_path_factory.mktemp("world")
+    worlds.write_world(folder / "shards")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        Translator(list(PROMPTS), SIZE, [8, 8]).save_pretrained(folder / name)
+    write_outputs(
+        folder / "real",
+        {name: random(6, 3, SIZE, SIZE, seed=i) for i, name in enumerate(PROMPTS)},
+        [f"r{i}" for i in range(6)],
+    )
+    return folder
+
+
+def command(world: Path, clip_folder: Path, out: Path, *more: object) -> list[str]:
+    args = ["evaluate", "--offline", "--shards", f"{world}/shards/heldout-*.tar"]
+    return [*args, "--clip", str(clip_folder), "--out", str(out), *map(str, more)]
+
+
+def refused(*args: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(args))
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("lmc: ") and "\n" not in message
+    return message
+
+
+def test_the_command_measures_networks_and_files(world, clip_folder, tmp_path, capsys):
+    """What one network made, as PNGs under the shards' keys, is a row like the network's own."""
+    stream = ImageStream(f"{world}/shards/heldout-*.tar", SIZE, 24, training=False)
+    batch = next(iter(stream))
+    network = Translator.from_pretrained(world / "one").eval()
+    with torch.no_grad():
+        made = {n: network(batch.image, network.class_ids([n] * 24)) for n in PROMPTS}
+    files = write_outputs(tmp_path / "files", made, batch.key)
+    (files / "fox").mkdir()
+    (files / "fox" / "x.png").write_bytes(worlds.png(random(3, SIZE, SIZE)))
+    out = tmp_path / "out.json"
+    args = command(world, clip_folder, out, "--translator", world / "one", world / "two")
+    main([*args, "--images", str(files), "--real", f"{world}/real", "--batch-size", "7"])
+    result = json.loads(out.read_text())
+    assert list(result["rows"]) == ["source", "one", "two", "files"]
+    found = [result["rows"][name].pop("path") for name in ("one", "two", "files")]
+    assert found == [f"{world}/one", f"{world}/two", str(files)]
+    assert_close(result["rows"]["files"], result["rows"]["one"])
+    assert result["heldout"]["shards"].endswith("heldout-*.tar")
+    assert set(result["differences"]) == {"two", "files"} and result["seconds"] > 0
+    printed = capsys.readouterr()
+    # Three measures of weights that are not here, or small images, and the folder 'fox'.
+    assert "files: its folder fox is of no class that is measured" in printed.out
+    assert "lpips left out" in printed.out
+    assert "files: 24/24 images, 0 s left" in printed.err
+
+    # The same rows again beside the files of before.
+    again = tmp_path / "again.json"
+    args = command(world, clip_folder, again, "--images", files, "--classes", *PROMPTS)
+    renamed = {**result, "rows": {k: v for k, v in result["rows"].items() if k != "files"}}
+    out.write_text(json.dumps(renamed))
+    main([*args, "--beside", str(out), "--against", "one"])
+    beside = json.loads(again.read_text())
+    assert set(beside["rows"]) == {"source", "one", "two", "files"}
+    delta = beside["differences"]["files"]["summary"]["rmse"]
+    assert delta["value"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_command_says_what_is_wrong(world, clip_folder, tmp_path, capsys, monkeypatch):
+    def message(*more: object) -> str:
+        said = refused(*command(world, clip_folder, tmp_path / "x.json", *more))
+        assert not (tmp_path / "x.json").exists() and "|" not in capsys.readouterr().out
+        return said
+
+    one, real = ("--translator", world / "one"), world / "real"
+    assert "--translator RUN" in message()
+    assert "does not know the class 'owl', it knows dog, bear" in message(
+        *one, "--classes", "dog", "owl"
+    )
+    assert "24 held-out images have no output" in message("--images", real)
+    assert "no row 'x'" in message(*one, "--against", "x")
+    assert "is not among the candidates" in message(*one, "--candidates", "a dog")
+    assert "no result of lmc evaluate" in message(*one, "--beside", clip_folder / "config.json")
+    (tmp_path / "text").write_text("text")
+    assert "text is no JSON" in message(*one, "--beside", tmp_path / "text")
+    Translator(list(PROMPTS), 32, [8, 8]).save_pretrained(tmp_path / "larger")
+    assert "larger is of 32 pixels, one of 16" in message(*one, tmp_path / "larger")
+    write_outputs(tmp_path / "few", {"dog": random(2, 3, SIZE, SIZE)}, ["a", "b"])
+    assert "no real images of 'bear'" in message(*one, "--real", tmp_path / "few")
+    write_outputs(tmp_path / "big", {n: random(2, 3, 32, 32) for n in PROMPTS}, ["a", "b"])
+    assert "have 32 pixels, not 16" in message(*one, "--real", tmp_path / "big")
+    assert "the same is named twice" in message(*one, world / "one")
+    (tmp_path / "source").symlink_to(world / "one")
+    monkeypatch.chdir(tmp_path)
+    assert "no row can be named 'source'" in message("--translator", "source")
+
+
+def test_folders_of_one_name_are_told_apart_by_those_above():
+    paths = ["runs/a/seed0", "runs/b/seed0", "/x/b/seed1", "hub/one"]
+    assert list(_named(paths)) == ["a/seed0", "b/seed0", "seed1", "one"]
+    assert list(_named(["runs/source"])) == ["runs/source"]
+
+
+def _rank(rank: int, port: int, args: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    main(args)
+
+
+def test_two_processes_measure_what_one_does(world, clip_folder, tmp_path):
+    args = ("--translator", world / "one", "--batch-size", "5")
+    main(command(world, clip_folder, tmp_path / "1.json", *args))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    args = command(world, clip_folder, tmp_path / "2.json", *args)
+    processes = [context.Process(target=_rank, args=(i, port, args)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (1, 2))
+    assert one.pop("seconds") > 0 and two.pop("seconds") > 0
+    assert two["heldout"]["count"] == 24
+    assert_close(one, two)
+
+
+def test_images_named_by_their_prompts(clip_folder, tmp_path, capsys):
+    """As the course's eval.py: the plain cosine, one prompt once, the mean over prompts."""
+    images = random(3, 3, SIZE, SIZE)
+    names = ("a_photo_of_a_dog.png", "a photo of a cat.0.png", "a_photo_of_a_cat.1.png")
+    for name, image in zip(names, images, strict=True):
+        (tmp_path / name).write_bytes(worlds.png(image))
+    (tmp_path / "ignored.jpg").write_bytes(worlds.png(images[0], suffix="jpg"))
+    out = tmp_path / "eval.json"
+    args = ["evaluate", "--offline", "--clip", str(clip_folder), "--named-by-prompt", str(tmp_path)]
+    assert "--eval-json" in refused(*args)
+    assert "no --shards" in refused(*args, "--shards", "x.tar", "--eval-json", str(out))
+    main([*args, "--eval-json", str(out)])
+    scores = json.loads(out.read_text())
+    clip = Clip(str(clip_folder))
+    embedded = F.normalize(clip.images(from_uint8(to_uint8(images))))
+    texts = F.normalize(clip.texts(["a photo of a dog", "a photo of a cat"]))
+    dog = (embedded[0] @ texts[0]).item()
+    cat = ((embedded[1] + embedded[2]) @ texts[1] / 2).item()
+    assert scores == {
+        "source_dir": str(tmp_path),
+        f"{tmp_path}/{names[1]}": pytest.approx(cat, abs=1e-5),
+        f"{tmp_path}/{names[0]}": pytest.approx(dog, abs=1e-5),
+        "score": pytest.approx((dog + cat) / 2, abs=1e-5),
+    }
+    assert f"of 2 prompts: {scores['score']:.4f}" in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="none holds no PNG files"):
+        score_named_by_prompt(tmp_path / "none", clip)
+
+
+# ---------------------------------------------------------------------------------------------
+# The corrector
 
 
 class Halving:

@@ -19,6 +19,8 @@ ORDER = (
     "dreamsampler",
     "translator",
     "optimize",
+    "metrics",
+    "results",
     "evaluate",
     "report",
     "release",

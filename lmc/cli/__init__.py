@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmc.cli import compare
+from lmc.cli import compare, evaluate
+from lmc.cli.evaluate import load_translator
 
-PROMPT = "a photo of a {}"
 OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
 # Commands with typed options and a configuration file, handed on before argparse reads them.
 IMAGE_COMMANDS = {
@@ -20,38 +20,6 @@ IMAGE_COMMANDS = {
 }
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Measure translators on held-out images; print a table, write JSON."""
-    from torch.utils.data import DataLoader
-
-    from lmc.evaluate import Clip, evaluate_translator
-    from lmc.images import ImageStream
-    from lmc.report import table
-
-    names = [Path(path).name for path in args.translator]
-    if len(set(names)) < len(names) or "source" in names:
-        names = args.translator
-    translators = {n: _translator(p) for n, p in zip(names, args.translator, strict=True)}
-    first = next(iter(translators.values()))
-    prompts = {name: args.prompt.format(name) for name in first.classes}
-    clip = Clip(args.clip, args.device)
-    rows: dict[str, Any] = {}
-    for name, translator in [("source", None), *translators.items()]:
-        if translator is not None and translator.classes != first.classes:
-            raise ValueError(f"{name} has other classes than {names[0]}")
-        stream = ImageStream(args.shards, first.image_size, args.batch_size, training=False)
-        batches = DataLoader(stream, batch_size=None, num_workers=args.num_workers)
-        if translator is not None:
-            translator = translator.to(args.device)
-        rows[name] = evaluate_translator(
-            translator, batches, clip, prompts, args.prompt.format(args.source), args.device
-        )
-        print(f"measured {name}: {rows[name]['images']} images", file=sys.stderr, flush=True)
-    print(table(rows))
-    if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
-
-
 def translate(args: argparse.Namespace) -> None:
     """Translate image files; non-square ones are cropped at the centre."""
     import torch
@@ -59,7 +27,7 @@ def translate(args: argparse.Namespace) -> None:
 
     from lmc.images import decode_image, middle_square, to_uint8
 
-    translator = _translator(args.translator).to(args.device)
+    translator = load_translator(args.translator).to(args.device)
     targets = args.to or translator.classes
     ids = translator.class_ids(targets).to(args.device)
     files = [Path(name) for name in args.input]
@@ -85,12 +53,14 @@ def translate(args: argparse.Namespace) -> None:
 def release(args: argparse.Namespace) -> None:
     """Turn a run folder into a release."""
     from lmc.release import release as write
+    from lmc.results import numbers
 
     results = json.loads(args.results.read_text()) if args.results else None
     if results is not None and args.row:
-        if args.row not in results:
-            raise ValueError(f"{args.results} has no row {args.row!r}; it has {', '.join(results)}")
-        results = results[args.row]
+        rows = results.get("rows", results)  # of lmc evaluate, or numbers by name
+        if args.row not in rows:
+            raise ValueError(f"{args.results} has no row {args.row!r}; it has {', '.join(rows)}")
+        results = numbers(rows[args.row]) if "rows" in results else rows[args.row]
     write(args.run, args.out, results, args.picture)
     print(f"released to {args.out}")
 
@@ -220,17 +190,6 @@ def _stage_one(file: Path) -> dict[str, Any]:
     return config
 
 
-def _translator(path: str) -> Any:
-    from lmc.release import load_averaged, load_network
-    from lmc.translator import Translator
-
-    run = Path(path) / "checkpoints"
-    network = load_averaged(Path(path))[0] if run.is_dir() else load_network(path)
-    if not isinstance(network, Translator):
-        raise ValueError(f"{path} is a {type(network).__name__}, not a Translator")
-    return network.eval()
-
-
 def at_least_one(text: str) -> int:
     """A number of something, from the command line."""
     if int(text) < 1:
@@ -243,24 +202,7 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="lmc", description=__doc__)
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
-    one = commands.add_parser("evaluate", help="measure translators on held-out images")
-    one.set_defaults(run_command=evaluate)
-    one.add_argument(
-        "--translator",
-        nargs="+",
-        required=True,
-        metavar="RUN",
-        help="run folders, releases or hub ids; a row of the table each, by the folder's name",
-    )
-    one.add_argument("--shards", required=True, help="held-out shards, e.g. 'cats/heldout-*.tar'")
-    one.add_argument("--clip", default="openai/clip-vit-base-patch16", help="folder or hub id")
-    one.add_argument("--source", default="cat", help="class of the held-out images (%(default)s)")
-    one.add_argument("--prompt", default=PROMPT, help="of a class; {} is its name (%(default)r)")
-    one.add_argument("--batch-size", type=int, default=50, metavar="N", help="default %(default)s")
-    one.add_argument("--num-workers", type=int, default=0, metavar="N", help="default %(default)s")
-    one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (%(default)s)")
-    one.add_argument("--out", metavar="FILE", help="JSON to write")
-
+    evaluate.add_parser(commands)
     two = commands.add_parser("translate", help="translate image files")
     two.set_defaults(run_command=translate)
     two.add_argument("input", nargs="+", metavar="INPUT", help="image files")

@@ -1,0 +1,427 @@
+"""What was measured, image by image, to a result: means, intervals, differences, JSON.
+
+A result is the dict that `lmc evaluate --out` writes; docs/evaluation.md has every key of it.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmc import __version__
+from lmc.metrics import Array, fid, interval, kid, kid_subset_size, resampling, spectrum_error
+
+FORMAT, VERSION = "lmc evaluation", 1
+DISTANCES = ("lpips", "rmse", "one_minus_ssim")
+COMPARABLE = ("classes", "prompts", "candidates", "clip", "distance")  # settings that must agree
+
+
+@dataclass
+class Measured:
+    """What was measured of N images, translated to C classes each.
+
+    Attributes:
+        keys, digests: of the sources: their keys, the SHA-256 of their pixels.
+        values: by measure, (N, C).
+        spectra, counts: power spectra (N, C, F), counts of derivatives (N, C, bins).
+        source_spectra, source_counts: the same of the sources, (N, F), (N, bins).
+        winners: (N, C) index of the first-ranked candidate, −1 a tie; or None.
+        features: Inception's, (N, C, D); or None.
+    """
+
+    keys: list[str]
+    digests: list[str]
+    values: dict[str, Array]
+    spectra: Array
+    counts: Array
+    source_spectra: Array
+    source_counts: Array
+    winners: Array | None = None
+    features: Array | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the lines 'KEY SHA-256-OF-PIXELS' of the sources, in the keys' order."""
+        lines = zip(self.keys, self.digests, strict=True)
+        return hashlib.sha256("".join(f"{k} {d}\n" for k, d in lines).encode()).hexdigest()
+
+
+def merge(parts: Sequence[Measured]) -> Measured:
+    """As one, sorted by key: the same whatever the batches and processes were.
+
+    Raises:
+        ValueError: no images, or a key twice.
+    """
+    keys = [key for part in parts for key in part.keys]
+    check_keys(keys)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+
+    def join(each: Sequence[Any]) -> Any:
+        return None if each[0] is None else np.concatenate(each)[order]
+
+    digests = [digest for part in parts for digest in part.digests]
+    return Measured(
+        keys=[keys[i] for i in order],
+        digests=[digests[i] for i in order],
+        values={name: join([part.values[name] for part in parts]) for name in parts[0].values},
+        spectra=join([part.spectra for part in parts]),
+        counts=join([part.counts for part in parts]),
+        source_spectra=join([part.source_spectra for part in parts]),
+        source_counts=join([part.source_counts for part in parts]),
+        winners=join([part.winners for part in parts]),
+        features=join([part.features for part in parts]),
+    )
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """Refuse a list of held-out images that cannot be one.
+
+    Raises:
+        ValueError: no images, or a key twice.
+    """
+    if not keys:
+        raise ValueError("no held-out images to evaluate on")
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the held-out images have the key {twice} twice")
+
+
+# ---------------------------------------------------------------------------------------------
+# Statistics
+
+
+def statistics(measured: Measured, weights: Array) -> dict[str, Array]:
+    """Every measure that is a function of weighted images, under several weightings.
+
+    Args:
+        measured: of N images and C classes.
+        weights: (R, N), rows of sum 1.
+
+    Returns:
+        By measure (R, 1 + C): over all classes, and of each.
+    """
+    found = {name: averages(values, weights) for name, values in measured.values.items()}
+    spectra = torch.from_numpy(averages(measured.spectra, weights))
+    source = torch.from_numpy(weights @ measured.source_spectra)[:, None]
+    return {**found, "spectrum_error": spectrum_error(spectra, source).numpy()}
+
+
+def averages(values: Array, weights: Array) -> Array:
+    """(N, C, …) under weights (R, N): (R, 1 + C, …), over all classes and of each."""
+    each = (weights @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
+    return np.concatenate([each.mean(1, keepdims=True), each], 1)
+
+
+def summary(
+    once: Mapping[str, Array], resampled: Mapping[str, Array], classes: Sequence[str], images: int
+) -> dict[str, Any]:
+    """Values with their intervals, as JSON.
+
+    Args:
+        once: by measure (1, 1 + C), of the images as they are.
+        resampled: the same (R, 1 + C), of the resamples.
+        classes: their names.
+        images: how many there are; of a single one there is no interval.
+    """
+    found = {}
+    for name, values in once.items():
+        low, high = interval(resampled[name])
+        cells = [
+            {"value": value, "low": low, "high": high}
+            if images > 1
+            else {"value": value, "low": None, "high": None}
+            for value, low, high in np.stack([values[0], low, high], 1).tolist()
+        ]
+        by_class = dict(zip(classes, cells[1:], strict=True))
+        found[name] = {**cells[0], "n": images, "by_class": by_class}
+    return found
+
+
+def of_sets(
+    features: Array, real: Mapping[str, Tensor], classes: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """KID and FID, as `summary`; without intervals, but KID with its subsets' deviation.
+
+    Args:
+        features: of the outputs, (N, C, D).
+        real: of real images by class, (M, D) each.
+        classes: the C classes.
+
+    Raises:
+        ValueError: a single image.
+    """
+    if len(features) < 2:
+        raise ValueError("KID and FID need two held-out images or more")
+    made = torch.from_numpy(features)
+    pairs = {name: (real[name], made[:, i]) for i, name in enumerate(classes)}
+    pairs = {"": (torch.cat([real[name] for name in classes]), made.flatten(0, 1)), **pairs}
+    cells: dict[str, dict[str, Any]] = {"kid": {}, "fid": {}}
+    for name, (there, here) in pairs.items():
+        mean, deviation = kid(there, here)
+        about = {"outputs": len(here), "real": len(there)}
+        size = kid_subset_size(len(there), len(here))
+        cells["kid"][name] = {"value": mean, "deviation": deviation, "subset": size, **about}
+        cells["fid"][name] = {"value": fid(there, here), **about}
+    return {
+        measure: {**each.pop(""), "low": None, "high": None, "n": len(features), "by_class": each}
+        for measure, each in cells.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+
+
+def result(
+    measured: Mapping[str, Measured],
+    settings: Mapping[str, Any],
+    against: str | None,
+    excluded: Sequence[str],
+    left_out: Sequence[str],
+    real: Mapping[str, Tensor] | None,
+) -> dict[str, Any]:
+    """A result, see docs/evaluation.md.
+
+    Args:
+        measured: by row.
+        settings: of the result, with 'classes' and 'candidates'.
+        against: the row that the others but 'source' are compared with, if any.
+        excluded, left_out: its lists.
+        real: see `of_sets`.
+
+    Raises:
+        ValueError: two rows are of different images.
+    """
+    first = next(iter(measured.values()))
+    check_same({name: each.digest() for name, each in measured.items()})
+    weights = resampling(len(first.keys))
+    classes, places = settings["classes"], len(settings["candidates"])
+    once = np.full((1, len(first.keys)), 1 / len(first.keys))
+    values = {name: statistics(each, once) for name, each in measured.items()}
+    resampled = {name: statistics(each, weights) for name, each in measured.items()}
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": {**settings, "resamples": len(weights), "versions": _versions()},
+        "heldout": {
+            "digest": first.digest(),
+            "count": len(first.keys),
+            "keys": first.keys,
+            "excluded": list(excluded),
+        },
+        "left_out": list(left_out),
+        "source": {
+            "spectrum": short(first.source_spectra.mean(0)),
+            "histogram": short(_share(first.source_counts.sum(0))),
+        },
+        "rows": {},
+        "differences": {},
+    }
+    for name, each in measured.items():
+        row = summary(values[name], resampled[name], classes, len(each.keys))
+        if real is not None and each.features is not None:
+            row |= of_sets(each.features, real, classes)
+        found["rows"][name] = {"images": len(each.keys), "summary": row}
+        found["rows"][name] |= _arrays(each, classes, places, once)
+        if against is not None and name not in (against, "source"):
+            found["differences"][name] = {
+                "against": against,
+                "summary": summary(
+                    _minus(values[name], values[against]),
+                    _minus(resampled[name], resampled[against]),
+                    classes,
+                    len(each.keys),
+                ),
+            }
+    return found
+
+
+def _arrays(
+    measured: Measured, classes: Sequence[str], candidates: int, once: Array
+) -> dict[str, Any]:
+    """What a row of a result has beside its summary."""
+    spectra = averages(measured.spectra, once)[0]
+    shares = _share(averages(measured.counts, once)[0])
+    names = ["all", *classes]
+    row: dict[str, Any] = {
+        "spectra": {name: short(x) for name, x in zip(names, spectra, strict=True)},
+        "histograms": {name: short(x) for name, x in zip(names, shares, strict=True)},
+        "per_image": {
+            measure: {name: short(values[:, i]) for i, name in enumerate(classes)}
+            for measure, values in measured.values.items()
+        },
+    }
+    if measured.winners is not None:
+        places = [*range(candidates), -1]  # ties last
+        counts = (measured.winners[..., None] == places).sum(0)
+        row["confusion"] = {n: x.tolist() for n, x in zip(classes, counts, strict=True)}
+    return row
+
+
+def _share(counts: Array) -> Array:
+    return counts / counts.sum(-1, keepdims=True)
+
+
+def _minus(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: values - other[name] for name, values in one.items() if name in other}
+
+
+def short(values: Array) -> list[float]:
+    """Six digits of each, for JSON."""
+    return [float(f"{x:.6g}") for x in values.tolist()]
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "transformers", "lpips", "torchmetrics", "torch-fidelity")
+    found = {"lmc": __version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # torch-fidelity is an extra
+            continue
+    return found
+
+
+def check_same(digests: Mapping[str, str]) -> None:
+    """Refuse to compare what was measured on different held-out images.
+
+    Args:
+        digests: `Measured.digest` by name.
+
+    Raises:
+        ValueError: two differ; both are named.
+    """
+    (first, digest), *others = digests.items()
+    for name, each in others:
+        if each != digest:
+            raise ValueError(
+                f"{first} and {name} are of different held-out images (digests {digest[:16]} and "
+                f"{each[:16]}): they cannot be compared"
+            )
+
+
+def check_result(name: str, content: Any) -> None:
+    """Refuse what is no result of this version.
+
+    Raises:
+        ValueError: it is none; `name` is named.
+    """
+    about = content if isinstance(content, Mapping) else {}
+    if about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise ValueError(f"{name} is no result of lmc evaluate (version {VERSION} of its JSON)")
+
+
+def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> dict[str, Any]:
+    """Several results over the same images as one, with differences between all their rows.
+
+    The differences between rows of different results are of the measures with a value per image:
+    spectrum_error is not among them.
+
+    Args:
+        results: by name, for messages; what is not of the rows is taken from the first.
+        against: the row that the others but 'source' are compared with, if any.
+
+    Raises:
+        ValueError: one is no result, is over other images, or was measured otherwise; a row is in
+            two of them; no row `against`.
+    """
+    for name, each in results.items():
+        check_result(name, each)
+    check_same({name: each["heldout"]["digest"] for name, each in results.items()})
+    (first, found), *others = ((name, dict(each)) for name, each in results.items())
+    rows = dict(found["rows"])
+    for name, each in others:
+        for key in COMPARABLE:
+            mine, theirs = found["settings"][key], each["settings"][key]
+            if mine != theirs:
+                raise ValueError(f"{key} is {mine!r} in {first} and {theirs!r} in {name}")
+        both = [row for row in each["rows"] if row in rows and row != "source"]
+        if both:
+            raise ValueError(f"{first} and {name} both have a row {both[0]!r}")
+        rows |= {row: x for row, x in each["rows"].items() if row not in rows}
+    if against is not None and against not in rows:
+        raise ValueError(f"no row {against!r} to compare against; there are {', '.join(rows)}")
+    known = found["differences"]
+    return {
+        **found,
+        "rows": rows,
+        "differences": {
+            name: known[name]
+            if name in known and known[name]["against"] == against
+            else _difference(rows[name], rows[against], against, found["settings"]["classes"])
+            for name in rows
+            if against is not None and name not in (against, "source")
+        },
+    }
+
+
+def _difference(
+    row: Mapping[str, Any], other: Mapping[str, Any], against: str, classes: Sequence[str]
+) -> dict[str, Any]:
+    """An entry of a result's differences, from the rows' values per image."""
+    one, two = (
+        {
+            measure: np.array([values[name] for name in classes]).T
+            for measure, values in each["per_image"].items()
+        }
+        for each in (row, other)
+    )
+    images = row["images"]
+    delta = {name: values - two[name] for name, values in one.items() if name in two}
+    once, many = np.full((1, images), 1 / images), resampling(images)
+    return {
+        "against": against,
+        "summary": summary(
+            {name: averages(values, once) for name, values in delta.items()},
+            {name: averages(values, many) for name, values in delta.items()},
+            classes,
+            images,
+        ),
+    }
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain numbers of a row of a result, for tables over seeds and for cards.
+
+    Returns:
+        Every measure but the channels', 'distance' (the first of the distances, which
+        'distance_name' names), 'distances' by name, 'r_precision_by_class', 'images'.
+    """
+    values = {
+        name: each["value"]
+        for name, each in row["summary"].items()
+        if not name.startswith(("mean_", "deviation_"))
+    }
+    found = {name: values[name] for name in DISTANCES if name in values}
+    main = next(iter(found))
+    by_class = row["summary"].get("r_precision", {"by_class": {}})["by_class"]
+    return {
+        "distance": values[main],
+        **{name: value for name, value in values.items() if name not in found},
+        "distance_name": main,
+        "distances": found,
+        "r_precision_by_class": {name: each["value"] for name, each in by_class.items()},
+        "images": row["images"],
+    }
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Atomically; a list of numbers or words on one line."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda x: f"[{_line(x[1])}]", text)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text + "\n")
+    os.replace(partial, file)
+
+
+def _line(text: str) -> str:
+    return re.sub(r",\n\s+", ", ", text)
