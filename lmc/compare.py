@@ -76,7 +76,7 @@ def compare(
     """Train with every loss and seed, measure on the held-out images, write the comparison.
 
     `out` gets results.json, table.md and grid.png, and a run folder LOSS/seedK each, with log.txt.
-    What is done there already is not done again.
+    What is done there already is not done again, and stays in all three.
 
     Args:
         config: of train_translator.py.
@@ -107,33 +107,19 @@ def compare(
     model = Clip(clip, device)
     say("embedding the prompts that are not in the cache yet")
     _embed(prior, prompts, negative)
-    _claim(out, configs)
-    runs = [
-        Run(
-            spec,
-            seed,
-            out / spec.folder() / f"seed{seed}",
-            common["trainer"]["max_steps"],
-            per_image(configs[spec.label]["model"])[0],
-        )
-        for spec in specs
-        for seed in seeds
-    ]
-    failed = _train(runs, base, jobs, say)
+    losses = _claim(out, configs)
+    named = [_run(out, spec, seed, configs[spec.label]) for spec in specs for seed in seeds]
+    failed = _train(named, base, jobs, say)
+    runs = _recorded(out, losses, common, named)
     measure = partial(_measure, clip=model, config=common, device=device, say=say)
     source = measure(None, out / "source", "the source images")
-    by_loss: dict[str, dict[str, Any]] = {spec.label: {} for spec in specs}
+    by_loss: dict[str, dict[str, Any]] = {run.spec.label: {} for run in runs}
     for run in runs:
-        if run.name not in failed:
-            try:
-                row = measure(run.folder, run.folder, run.name)
-            except Exception as error:  # whatever it is, the others have their rows
-                failed[run.name] = _not_measured(run, error, say)
-            else:
-                more = {"evaluations_per_image": run.evaluations}
-                by_loss[run.spec.label][str(run.seed)] = {**row, **_trained(run), **more}
-                continue
-        by_loss[run.spec.label][str(run.seed)] = failed[run.name]
+        try:
+            row = failed.get(run.name) or _row(run, measure)
+        except Exception as error:  # whatever it is, the others have their rows
+            row = failed[run.name] = _not_measured(run, error, say)
+        by_loss[run.spec.label][str(run.seed)] = row
     lines = [f"{name} failed, see {row['log']}" for name, row in failed.items()]
     text = "\n\n".join([_table(source, by_loss), *lines])
     _write(out / "results.json", json.dumps({"source": source, "losses": by_loss}, indent=1))
@@ -143,6 +129,33 @@ def compare(
     say(text)
     lines += _picture(dict(reversed(shown.items())), common, out, say)
     return lines
+
+
+def _run(out: Path, spec: Spec, seed: int, config: Mapping[str, Any]) -> Run:
+    """A run of the comparison in `out`; `config` has the loss."""
+    try:
+        evaluations = per_image(config["model"])[0]
+    except (ImportError, AttributeError):  # a class of the user's that is no longer there
+        evaluations = None
+    steps = config["trainer"]["max_steps"]
+    return Run(spec, seed, out / spec.folder() / f"seed{seed}", steps, evaluations)
+
+
+def _recorded(
+    out: Path, losses: Mapping[str, Any], common: Mapping[str, Any], named: Sequence[Run]
+) -> list[Run]:
+    """The runs named this time and those finished before, in the order of comparison.json."""
+    runs: list[Run] = []
+    for label, loss in losses.items():
+        here = {run.seed: run for run in named if run.spec.label == label}
+        config = {**common, "model": {**common["model"], "loss": loss}}
+        spec = Spec(label, loss["class_path"], {})
+        for folder in (out / spec.folder()).glob("seed*"):
+            seed = folder.name.removeprefix("seed")
+            if seed.isdecimal() and _steps_done(folder) >= common["trainer"]["max_steps"]:
+                here.setdefault(int(seed), _run(out, spec, int(seed), config))
+        runs += [here[seed] for seed in sorted(here)]
+    return runs
 
 
 def _table(source: Mapping[str, Any], by_loss: Mapping[str, Mapping[str, Any]]) -> str:
@@ -179,6 +192,7 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dic
             )
         try:
             loss = build(ScoreDistillation, config["model"]["loss"])
+            loss.choose_time(_time(config["model"]["time"]))
         except (OSError, ValueError) as error:
             raise ValueError(f"the loss {label!r}: {error}") from error
         if loss.negative_prompt is not None:
@@ -186,11 +200,6 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dic
     config = next(iter(configs.values()))
     if config["trainer"]["max_steps"] < 1:
         raise ValueError("trainer.max_steps must say how many steps to train")
-    if config["model"]["time"] is not None:
-        try:
-            build(TimeSchedule, config["model"]["time"])
-        except ValueError as error:
-            raise ValueError(f"model.time: {error}") from error
     prior = build(Prior, config["model"]["prior"])
     model: Any = build_model(TranslatorTraining, config["model"], prior)
     for split in ("train", "heldout"):
@@ -220,8 +229,19 @@ def _embed(prior: Prior, prompts: Sequence[str], negative: Mapping[str, str]) ->
         raise ValueError(f"model.prompt, for every loss: {error}") from error
 
 
-def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> None:
-    """Note in the folder what is compared there, and refuse the comparison of something else."""
+def _time(config: dict[str, Any] | None) -> TimeSchedule | None:
+    try:
+        return None if config is None else build(TimeSchedule, config)
+    except ValueError as error:
+        raise ValueError(f"model.time: {error}") from error
+
+
+def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Note in the folder what is compared there, and refuse the comparison of something else.
+
+    Returns:
+        All losses that are compared there, of earlier times too.
+    """
     file = out / "comparison.json"
     first = next(iter(configs.values()))
     apart = ("run", "seed_everything")
@@ -259,6 +279,7 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> None:
         raise ValueError(f"{out} is there and is no comparison: name another folder (--out)")
     out.mkdir(parents=True, exist_ok=True)
     _write(file, json.dumps(here, indent=1))
+    return here["losses"]
 
 
 def _correctors(losses: Mapping[str, dict[str, Any]]) -> dict[str, str]:
@@ -321,15 +342,6 @@ def _train(runs: Sequence[Run], base: Sequence[str], jobs: int, say: Say) -> dic
     return {run.name: failed[run.name] for run in runs if run.name in failed}
 
 
-def _trained(run: Run) -> dict[str, Any]:
-    """'seconds' and 'steps' of a finished training."""
-    file = run.folder / "training.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    # This process was killed after the training's last checkpoint: its time is not known.
-    return {"seconds": None, "steps": run.steps}
-
-
 def _steps_done(folder: Path) -> int:
     """The step of a run's checkpoint; 0 where there is none, or none that can be read."""
     file = folder / "checkpoints" / "last.ckpt"
@@ -377,6 +389,20 @@ def _measure(
     write_json(file, {"of": about, "measured": measured})
     say(f"measured {name}: {measured['heldout']['count']} images")
     return numbers(measured["rows"][row])
+
+
+def _row(run: Run, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """What results.json says of a finished run."""
+    file = run.folder / "training.json"
+    # Absent where this process was killed after the training's last checkpoint: how long it took
+    # is then not known.
+    seconds = json.loads(file.read_text())["seconds"] if file.exists() else None
+    return {
+        **measure(run.folder, run.folder, run.name),
+        "seconds": seconds,
+        "steps": _steps_done(run.folder),
+        "evaluations_per_image": run.evaluations,
+    }
 
 
 def _not_measured(run: Run, error: Exception, say: Say) -> dict[str, Any]:

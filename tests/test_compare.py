@@ -438,6 +438,31 @@ def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
     assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
 
 
+def test_what_was_finished_before_is_kept(world, trained, copy):
+    """A seed more of one loss, and a new loss; an unfinished run is no result."""
+    before = results(copy)
+    both = [("cond", "0"), ("cond", "1"), ("sds", "0")]
+    checkpoint = copy / "sds" / "seed1" / "checkpoints" / "last.ckpt"
+    checkpoint.unlink()
+    shutil.copytree(copy / "sds" / "seed0", copy / "sds" / "seed0 of mine")
+    kept = {file: file.stat().st_mtime_ns for file in copy.rglob("evaluation.json")}
+    main(args(world, copy, "lmc,cond", "--seeds", "2"))
+    assert trained == ["lmc seed 2", "cond seed 2"]
+    rows = results(copy)
+    assert {label: list(seeds) for label, seeds in rows.items()} == {
+        "cond": ["0", "1", "2"],
+        "sds": ["0"],
+        "lmc": ["2"],
+    }
+    assert all(rows[label][seed] == before[label][seed] for label, seed in both)
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+    markdown = (copy / "table.md").read_text()
+    values = [row["distance"] for row in rows["cond"].values()]
+    assert cells(markdown, "cond")[0] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    assert cells(markdown, "sds")[0] == f"{before['sds']['0']['distance']:.3f}"
+    assert Image.open(copy / "grid.png").size[1] == (1 + 3 * 2) * (16 + 2) + 4 * 18
+
+
 def test_a_corrector_trained_again_is_another(world, trained, tiny_prior_folder, tmp_path):
     """At the same path; results of the old one stay what they are."""
     identity = DiffusersPrior(str(tiny_prior_folder)).identity
