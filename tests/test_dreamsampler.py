@@ -403,7 +403,7 @@ def test_a_measurement_of_ones_own(tiny_prior_folder, files, tmp_path, capsys):
 def test_print_config(tiny_prior_folder, files, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments(tiny_prior_folder, "deblur", files["photo"], Path("x"), "--print_config"))
-    assert caught.value.code == 0 and "inner_steps: 10" in capsys.readouterr().out
+    assert caught.value.code == 0 and "inner_steps: 3" in capsys.readouterr().out
 
 
 def test_bad_input_is_found_before_weights_are_loaded(
