@@ -174,7 +174,7 @@ class InverseProblem(Task):
     lambda_dc: float | None = None
     lambda_sds: float = 1.0
     sampler: DreamSampler = field(
-        default_factory=lambda: DreamSampler(steps=50, eta=1.0, step_size=0.1, inner_steps=10)
+        default_factory=lambda: DreamSampler(steps=50, eta=1.0, step_size=0.1, inner_steps=3)
     )
 
     @abstractmethod
