@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
+from lmc.files import whole, write_text
 from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
 from lmc.priors import Prior
@@ -122,8 +123,8 @@ def compare(
         by_loss[run.spec.label][str(run.seed)] = row
     lines = [f"{name} failed, see {row['log']}" for name, row in failed.items()]
     text = "\n\n".join([_table(source, by_loss), *lines])
-    _write(out / "results.json", json.dumps({"source": source, "losses": by_loss}, indent=1))
-    _write(out / "table.md", text)
+    write_json(out / "results.json", {"source": source, "losses": by_loss})
+    write_text(out / "table.md", text + "\n")
     # Of each loss the first seed that did not fail.
     shown = {run.spec.label: run.folder for run in reversed(runs) if run.name not in failed}
     say(text)
@@ -278,7 +279,7 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is there and is no comparison: name another folder (--out)")
     out.mkdir(parents=True, exist_ok=True)
-    _write(file, json.dumps(here, indent=1))
+    write_json(file, here)
     return here["losses"]
 
 
@@ -331,7 +332,7 @@ def _train(runs: Sequence[Run], base: Sequence[str], jobs: int, say: Say) -> dic
         finally:
             done = _steps_done(run.folder)
             seconds += time.monotonic() - start
-            _write(times, json.dumps({"seconds": round(seconds, 1), "steps": done}))
+            write_json(times, {"seconds": round(seconds, 1), "steps": done})
         if not why and done < run.steps:
             why = f"it ended after {done} of {run.steps} steps"
         if why:
@@ -437,9 +438,8 @@ def _picture(runs: Mapping[str, Path], config: Mapping[str, Any], out: Path, say
         except Exception as error:  # as with the table
             lines.append(f"{label} is not in grid.png: {error}")
             say(lines[-1])
-    partial_file = out / "grid.partial.png"
-    labelled_grid(blocks).save(partial_file)
-    os.replace(partial_file, out / "grid.png")
+    with whole(out / "grid.png") as partial_file:
+        labelled_grid(blocks).save(partial_file, "png")
     return lines
 
 
@@ -447,9 +447,3 @@ def _translator(run: Path) -> Translator:
     network, _ = load_averaged(run)
     assert isinstance(network, Translator)
     return network
-
-
-def _write(file: Path, text: str) -> None:
-    partial_file = file.with_name(f"{file.name}.partial")
-    partial_file.write_text(text + "\n")
-    os.replace(partial_file, file)

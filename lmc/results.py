@@ -6,7 +6,6 @@ A result is the dict that `lmc evaluate --out` writes; docs/evaluation.md has ev
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lmc import __version__
+from lmc.files import write_text
 from lmc.metrics import Array, fid, interval, kid, kid_subset_size, resampling, spectrum_error
 
 FORMAT, VERSION = "lmc evaluation", 1
@@ -417,10 +417,7 @@ def write_json(file: Path, content: Any) -> None:
     """Atomically; a list of numbers or words on one line."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
     text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda x: f"[{_line(x[1])}]", text)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text + "\n")
-    os.replace(partial, file)
+    write_text(file, text + "\n")
 
 
 def _line(text: str) -> str:

@@ -80,9 +80,13 @@ def build(kind: Any, config: Any) -> Any:
         parsed = parser.parse_object({"it": config})
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    return instantiate(parser, parsed).it
+
+
+def instantiate(parser: Any, parsed: Any) -> Any:
+    """What `parser` has parsed, its classes built."""
     # Renamed in jsonargparse 4.49.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return instantiate(parsed).it
+    return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
 
 
 def parse_specs(text: str | None) -> list[Spec]:

@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lmc.files import write_text
 from lmc.images import (
     BrokenSample,
     ImageBatch,
@@ -368,9 +368,7 @@ def _done(out: Path, name: str) -> bool:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class _Progress:

@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lmc"
 ORDER = (
+    "files",
     "schedule",
     "priors",
     "images",

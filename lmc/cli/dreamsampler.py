@@ -5,7 +5,6 @@ A command is a dataclass, so that every knob is a typed key of the command line 
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,8 +31,10 @@ from lmc.dreamsampler import (
     check_prior,
     data_weight,
 )
+from lmc.files import whole, write_text
 from lmc.images import decode_image, resize, to_uint8
 from lmc.priors import Embedding, Prior
+from lmc.specs import instantiate
 
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
 
@@ -322,17 +323,9 @@ def psnr(image: Tensor, original: Tensor) -> float:
 
 def write_png(file: Path, image: Tensor) -> None:
     """(3, H, W) in [-1, 1] as a PNG, whole or not at all."""
-    partial_file = file.with_suffix(".partial")
     pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(partial_file, "png")
-    os.replace(partial_file, file)
-
-
-def write_text(file: Path, text: str) -> None:
-    """The same of a text."""
-    partial_file = file.with_suffix(".partial")
-    partial_file.write_text(text)
-    os.replace(partial_file, file)
+    with whole(file) as partial_file:
+        Image.fromarray(pixels).save(partial_file, "png")
 
 
 def parser() -> jsonargparse.ArgumentParser:
@@ -362,9 +355,8 @@ def main(args: Sequence[str]) -> None:
     task, config = TASKS[given.subcommand], given[given.subcommand]
     config.pop("config")
     keys: Any = task_parser(task)
-    # Renamed in jsonargparse 4.49.
-    instantiate = getattr(keys, "instantiate", None) or keys.instantiate_classes
-    task(**{k: v for k, v in instantiate(config).items() if k != "config"})(keys.dump(config))
+    built = instantiate(keys, config)
+    task(**{k: v for k, v in built.items() if k != "config"})(keys.dump(config))
 
 
 def _decode(file: str) -> Tensor:

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import inspect
 import json
-import os
 import pkgutil
 import sys
 import time as clock
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from lmc.cli import OUT_OF_MEMORY
 from lmc.corrector import BiasCorrector
+from lmc.files import whole, write_text
 from lmc.images import decode_image, middle_square, to_uint8
 from lmc.losses import LMC, ScoreDistillation
 from lmc.optimize import (
@@ -42,8 +42,9 @@ from lmc.optimize import (
     optimize,
 )
 from lmc.priors import Prior
+from lmc.results import write_json
 from lmc.schedule import TimeSchedule, add_noise
-from lmc.specs import Spec, parse_specs
+from lmc.specs import Spec, instantiate, parse_specs
 
 SECONDS = 5.0  # between two lines of progress
 THUMBNAIL = 192  # longest side in pixels of a snapshot on the contact sheet
@@ -752,19 +753,6 @@ def save_image(image: Tensor, file: Path) -> None:
     _replace(file, picture.save, "png")
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_text(file, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text atomically; makes its folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, file)
-
-
 def check_out(out: Path, record: str) -> None:
     """Refuse a folder that is not free for the result of some settings.
 
@@ -790,9 +778,8 @@ def check_out(out: Path, record: str) -> None:
 
 def _replace(file: Path, save: Callable[..., Any], format: str, **options: Any) -> None:
     """Let `save` write a file under another name first."""
-    partial = file.with_name(f".{file.name}.partial")
-    save(partial, format=format, **options)
-    os.replace(partial, file)
+    with whole(file) as partial:
+        save(partial, format=format, **options)
 
 
 def _thumbnail(images: Tensor) -> Tensor:
@@ -838,9 +825,7 @@ def main(command: str, args: Sequence[str]) -> None:
         raise ValueError(" ".join(str(error).split())) from error
     given.pop("config", None)
     kept = {} if function is gradients else {"record": parser.dump(given, skip_none=False)}
-    # Renamed in jsonargparse 4.49.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    function(**kept, **vars(instantiate(given)))
+    function(**kept, **vars(instantiate(parser, given)))
 
 
 def command_line(command: str, args: Sequence[str]) -> tuple[Callable[..., None], Any]:
