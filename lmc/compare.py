@@ -17,15 +17,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
+from lmc.figures import labelled_grid
 from lmc.files import whole, write_text
 from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
 from lmc.priors import Prior
 from lmc.release import load_averaged
-from lmc.report import labelled_grid, table
 from lmc.results import VERSION, numbers, write_json
 from lmc.schedule import TimeSchedule
 from lmc.specs import Spec, build
+from lmc.tables import table
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model, per_image
 from lmc.training.side_by_side import TrainingFailed, Trainings

@@ -444,13 +444,13 @@ def test_configs_open_with_a_command_that_takes_them(file):
 
 def test_gradients_are_pictured(prior, world, tmp_path, monkeypatch):
     """The halves of SDS as SDS itself has them, and b's."""
-    import lmc.report
+    import lmc.figures
     from lmc.losses import LMC, SDS, LossInputs
 
     shown = {}
-    figure = lmc.report.gradients_figure
+    figure = lmc.figures.gradients_figure
     monkeypatch.setattr(
-        lmc.report,
+        lmc.figures,
         "gradients_figure",
         lambda rows, names: shown.update(rows) or figure(rows, names),
     )

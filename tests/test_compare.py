@@ -28,9 +28,9 @@ from lmc.images import ImageStream
 from lmc.losses import NEGATIVE_PROMPT
 from lmc.priors import DiffusersPrior
 from lmc.release import load_averaged
-from lmc.report import table
 from lmc.results import numbers
 from lmc.specs import LOSSES, parse_specs
+from lmc.tables import table
 from lmc.training.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
 
 import worlds

@@ -32,8 +32,8 @@ from lmc.evaluate import (
 )
 from lmc.images import ImageBatch, ImageStream, from_uint8, to_uint8
 from lmc.metrics import fid, kid, one_minus_ssim, power_spectrum, rmse, saturation, spectrum_error
-from lmc.report import evaluation_text
 from lmc.results import combine, numbers, write_json
+from lmc.tables import evaluation_text
 from lmc.translator import Translator
 
 import worlds

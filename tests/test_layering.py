@@ -23,6 +23,8 @@ ORDER = (
     "metrics",
     "results",
     "evaluate",
+    "figures",
+    "tables",
     "report",
     "release",
     "training",

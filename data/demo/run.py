@@ -103,8 +103,8 @@ def picture() -> None:
     """grid.png: the source row, then a block a loss and a row a target, of held-out cats."""
     import torch
 
+    from lmc.figures import labelled_grid
     from lmc.images import ImageStream
-    from lmc.report import labelled_grid
     from lmc.translator import Translator
 
     source = next(iter(ImageStream(HELDOUT, 64, 10, training=False))).image

@@ -21,8 +21,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from lmc.evaluate import Folder, Tools, heldout_keys, real_features, translated
     from lmc.evaluate import evaluate as measure
-    from lmc.report import evaluation_text
     from lmc.results import combine, write_json
+    from lmc.tables import evaluation_text
 
     began = time.monotonic()
     if not args.shards or not (args.translator or args.images):

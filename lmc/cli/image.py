@@ -242,7 +242,7 @@ def diversity(images: Tensor) -> dict[str, Any]:
 
 def _write_progression(out: Path, seeds: Sequence[int], snapshots: Mapping[int, Tensor]) -> None:
     """progression.png, a row a seed and a column a snapshot; progression.gif."""
-    from lmc.report import grid, labelled_grid
+    from lmc.figures import grid, labelled_grid
 
     columns = torch.stack(list(snapshots.values()), 1)
     steps = ", ".join(map(str, snapshots))
@@ -600,7 +600,7 @@ def _write_figures(
 ) -> None:
     """fig5.png and fig6.png of what `results` and the PNGs say, without what failed."""
     from lmc.evaluate import derivative_histogram, power_spectrum
-    from lmc.report import curves_figure, statistics_figure
+    from lmc.figures import curves_figure, statistics_figure
 
     means = results["means"]
     curves = {
@@ -665,7 +665,7 @@ def gradients(
         seed: of the noise.
         device: cpu, cuda, …
     """
-    from lmc.report import gradients_figure
+    from lmc.figures import gradients_figure
 
     times = _numbers(t, "t", float)
     for time in times:

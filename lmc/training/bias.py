@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lmc.corrector import Corrector, Statistics, corrector_loss
 from lmc.evaluate import CorrectorErrors, power_spectrum
+from lmc.figures import grid, spectra_figure
 from lmc.images import ImageBatch, resize
 from lmc.priors import Prior
-from lmc.report import grid, spectra_figure
 from lmc.schedule import TIME_RANGE, check_time_range
 from lmc.training.base import StepDecay, TrainingModule, tensorboard
 from lmc.triplets import (

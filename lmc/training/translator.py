@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lmc.evaluate import power_spectrum, spectrum_error
+from lmc.figures import grid
 from lmc.images import ImageBatch, resize
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.priors import Prior
-from lmc.report import grid
 from lmc.schedule import TimeSchedule
 from lmc.training.base import StepDecay, TrainingModule, tensorboard
 from lmc.translator import Translator

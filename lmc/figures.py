@@ -1,0 +1,143 @@
+"""Pictures for people who look: grids of images, plots of spectra, curves and gradients."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def grid(*rows: Tensor, gap: int = 2) -> Tensor:
+    """Rows of equally sized pictures as one.
+
+    Args:
+        rows: float (N, 3, H, W) in [-1, 1], N the same in all.
+        gap: black pixels between them.
+
+    Returns:
+        (3, H', W') in [0, 1].
+    """
+    pictures = torch.cat([row.float().cpu() for row in rows]).clamp(-1, 1) / 2 + 0.5
+    return make_grid(pictures, nrow=len(rows[0]), padding=gap)
+
+
+def labelled_grid(blocks: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """Blocks of labelled rows of pictures, as a PIL image.
+
+    Args:
+        blocks: by block title, by row label: float (N, 3, H, W) in [-1, 1], the same in all.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    first = next(iter(next(iter(blocks.values())).values()))
+    count, _, side, width = first.shape
+    margin, title = 76, 18
+    rows = sum(len(block) for block in blocks.values())
+    size = (margin + count * (width + 2), rows * (side + 2) + title * len(blocks))
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    y = 0
+    for name, block in blocks.items():
+        draw.text((margin, y + 1), name, "black", font)
+        y += title
+        for label, images in block.items():
+            draw.text((4, y + side // 2 - 7), label, "black", font)
+            pixels = (grid(images, gap=1) * 255).round().byte().permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(pixels), (margin, y))
+            y += side + 2
+    return sheet
+
+
+def spectra_figure(spectra: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> Any:
+    """Power spectra as a matplotlib figure, a panel an entry of `spectra`.
+
+    Args:
+        spectra: by panel title, one (F,) for each of `names`.
+        names: of the curves.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(spectra), 3), layout="constrained")
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(spectra), squeeze=False)[0], spectra.items(), strict=True
+    ):
+        for name, curve in zip(names, curves, strict=True):
+            axes.loglog(range(1, len(curve) + 1), curve.float().cpu(), label=name)
+        axes.set(title=title, xlabel="cycles per image", ylabel="power")
+        axes.legend()
+    return figure
+
+
+def curves_figure(
+    curves: Mapping[str, Sequence[tuple[float, float, str]]], xlabel: str, ylabel: str
+) -> Any:
+    """Curves through labelled points as a matplotlib figure.
+
+    Args:
+        curves: by name: (x, y, label) of each point, in the curve's order.
+        xlabel, ylabel: of the axes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", label=name)
+        for x, y, label in points:
+            axes.annotate(label, (x, y), (3, 3), textcoords="offset points", fontsize=7)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    return figure
+
+
+def statistics_figure(spectra: Mapping[str, Tensor], histograms: Mapping[str, Tensor]) -> Any:
+    """Image statistics [LMC, Fig. 6] as a matplotlib figure, a curve each.
+
+    Args:
+        spectra: average power spectra, (F,) by name.
+        histograms: of vertical derivatives in [-1, 1], (bins,) by name.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, spectrum in spectra.items():
+        left.loglog(range(1, len(spectrum) + 1), spectrum.float().cpu(), label=name)
+    for name, histogram in histograms.items():
+        centres = (torch.arange(len(histogram)) + 0.5) / len(histogram) * 2 - 1
+        right.semilogy(centres, histogram.float().cpu().clamp_min(1e-7), label=name)
+    left.set(xlabel="cycles per image", ylabel="power")
+    right.set(xlabel="vertical derivative", ylabel="share")
+    left.legend()
+    return figure
+
+
+def gradients_figure(rows: Mapping[str, Mapping[str, Tensor]], pictures: Sequence[str]) -> Any:
+    """Pictures and gradients as a matplotlib figure.
+
+    A gradient is shown around grey, black and white at plus and minus its 99th percentile, which
+    stands under it.
+
+    Args:
+        rows: by row label, by name: (3, H, W); a picture in [-1, 1], or a gradient of any size.
+        pictures: which names are pictures.
+    """
+    from matplotlib.figure import Figure
+
+    columns = list(next(iter(rows.values())))
+    figure = Figure(figsize=(1.7 * len(columns), 2 * len(rows)), layout="constrained")
+    for line, (label, images) in zip(
+        figure.subplots(len(rows), len(columns), squeeze=False), rows.items(), strict=True
+    ):
+        for axes, (name, image) in zip(line, images.items(), strict=True):
+            image = image.detach().float().cpu()
+            scale = 1.0
+            if name not in pictures:
+                scale = max(image.abs().flatten().quantile(0.99).item(), 1e-12)
+                axes.set_xlabel(f"± {scale:.2g}", fontsize=8)
+            shown = (image / scale).clamp(-1, 1) / 2 + 0.5
+            axes.imshow(shown.permute(1, 2, 0), interpolation="nearest")
+            axes.set(title=name, xticks=[], yticks=[])
+        line[0].set_ylabel(label)
+    return figure
