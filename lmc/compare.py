@@ -23,10 +23,10 @@ from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
 from lmc.priors import Prior
 from lmc.release import load_averaged
-from lmc.results import VERSION, numbers, write_json
+from lmc.results import VERSION, combine, numbers, write_json
 from lmc.schedule import TimeSchedule
 from lmc.specs import Spec, build
-from lmc.tables import table
+from lmc.tables import markdown, seeds_table
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model, per_image
 from lmc.training.side_by_side import TrainingFailed, Trainings
@@ -133,6 +133,38 @@ def compare(
     return lines
 
 
+def read_comparison(out: Path) -> tuple[dict[str, Any], list[list[str]]]:
+    """A comparison for its report.
+
+    Returns:
+        One result (docs/evaluation.md) with a row a loss, of its first seed that was measured; and
+        the table over seeds as rows of cells, empty where no loss has two.
+
+    Raises:
+        FileNotFoundError: `out` holds no finished comparison.
+        ValueError: see `lmc.results.combine`.
+    """
+    if not (out / "results.json").exists():
+        raise FileNotFoundError(f"{out} holds no finished comparison: lmc compare --out {out}")
+    compared = json.loads((out / "results.json").read_text())
+    config = json.loads((out / "comparison.json").read_text())["config"]
+    found = {"source": json.loads((out / "source/evaluation.json").read_text())["measured"]}
+    for label, seeds in compared["losses"].items():
+        seed = next((seed for seed, row in seeds.items() if "failed" not in row), None)
+        if seed is None:
+            continue
+        folder = out / Spec(label, "", {}).folder() / f"seed{seed}"
+        measured = json.loads((folder / "evaluation.json").read_text())["measured"]
+        row = measured["rows"][f"{label} seed {seed}"]
+        found[label] = {**measured, "rows": {label: {**row, "path": str(folder)}}}
+    result = combine(found, next((name for name in found if name != "source"), None))
+    data = config["data"]
+    where = {"shards": data["heldout"], "image_size": data["image_size"]}
+    result["heldout"] = {**where, **result["heldout"]}
+    several = any(len(seeds) > 1 for seeds in compared["losses"].values())
+    return result, _rows_over_seeds(compared["source"], compared["losses"]) if several else []
+
+
 def _run(out: Path, spec: Spec, seed: int, config: Mapping[str, Any]) -> Run:
     """A run of the comparison in `out`; `config` has the loss."""
     try:
@@ -162,12 +194,19 @@ def _recorded(
 
 def _table(source: Mapping[str, Any], by_loss: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows of results.json as Markdown, the seeds of a loss as one."""
+    return markdown(_rows_over_seeds(source, by_loss))
+
+
+def _rows_over_seeds(
+    source: Mapping[str, Any], by_loss: Mapping[str, Mapping[str, Any]]
+) -> list[list[str]]:
+    """The rows of results.json as cells, the seeds of a loss as one."""
     rows: dict[str, Any] = {"source": source}
     for label, seeds in by_loss.items():
         good = [row for row in seeds.values() if "failed" not in row]
         some = f" ({len(good)} of {len(seeds)} seeds)" if 0 < len(good) < len(seeds) else ""
         rows[label + some] = good
-    return table(rows, COLUMNS)
+    return seeds_table(rows, COLUMNS)
 
 
 def _configure(reader: ConfigReader, spec: Spec, args: Sequence[str]) -> dict[str, Any]:

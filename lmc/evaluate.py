@@ -4,7 +4,6 @@
 key of it.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +46,7 @@ from lmc.metrics import derivative_histogram as derivative_histogram
 from lmc.metrics import r_precision as r_precision
 from lmc.metrics import spectrum_error as spectrum_error
 from lmc.priors import Prior
-from lmc.results import Measured, check_keys, merge, result
+from lmc.results import Measured, check_keys, merge, pixel_digest, result
 from lmc.schedule import TIME_RANGE
 from lmc.translator import Translator
 from lmc.triplets import triplets_of
@@ -353,7 +352,7 @@ def _measure(
     }
     return Measured(
         list(batch.key),
-        [hashlib.sha256(x.tobytes()).hexdigest() for x in to_uint8(batch.image).numpy()],
+        [pixel_digest(x) for x in to_uint8(batch.image).numpy()],
         spectra=arrays.pop("spectra"),
         counts=arrays.pop("counts"),
         winners=arrays.pop("winners", None),

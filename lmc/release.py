@@ -71,6 +71,19 @@ def load_network(folder: str) -> Network:
     return Corrector.from_pretrained(folder)
 
 
+def load_translator(path: str) -> Translator:
+    """A translator from a run folder, a release or a hub id.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    run = Path(path) / "checkpoints"
+    network = load_averaged(Path(path))[0] if run.is_dir() else load_network(path)
+    if not isinstance(network, Translator):
+        raise ValueError(f"{path} is a {type(network).__name__}, not a Translator")
+    return network.eval()
+
+
 def release(
     checkpoint: Path,
     out: Path,

@@ -49,9 +49,23 @@ class Measured:
     features: Array | None = None
 
     def digest(self) -> str:
-        """SHA-256 of the lines 'KEY SHA-256-OF-PIXELS' of the sources, in the keys' order."""
-        lines = zip(self.keys, self.digests, strict=True)
-        return hashlib.sha256("".join(f"{k} {d}\n" for k, d in lines).encode()).hexdigest()
+        """See `digest_of`, of the sources."""
+        return digest_of(dict(zip(self.keys, self.digests, strict=True)))
+
+
+def digest_of(images: Mapping[str, str]) -> str:
+    """What tells sets of images apart: SHA-256 of the lines 'KEY SHA-256-OF-PIXELS' by key.
+
+    Args:
+        images: `pixel_digest` by key.
+    """
+    lines = "".join(f"{key} {images[key]}\n" for key in sorted(images))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def pixel_digest(image: Array) -> str:
+    """SHA-256 of the pixels of a uint8 (3, S, S)."""
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def merge(parts: Sequence[Measured]) -> Measured:
@@ -317,6 +331,20 @@ def check_result(name: str, content: Any) -> None:
     about = content if isinstance(content, Mapping) else {}
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         raise ValueError(f"{name} is no result of lmc evaluate (version {VERSION} of its JSON)")
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """A result from the JSON of `lmc evaluate --out`.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    check_result(str(file), found)
+    return found
 
 
 def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> dict[str, Any]:

@@ -13,11 +13,11 @@ COLUMNS = {
 }
 
 
-def table(
+def seeds_table(
     rows: Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]],
     more: Mapping[str, tuple[str, str]] | None = None,
-) -> str:
-    """The translators' measurements as a Markdown table, one row a loss.
+) -> list[list[str]]:
+    """The translators' measurements as rows of cells, the first the headings; one row a loss.
 
     Args:
         rows: `lmc.results.numbers` by name; or several of them, of one seed each: their
@@ -28,15 +28,15 @@ def table(
     columns = COLUMNS | dict(more or {})
     about = next((row for several in seeds.values() for row in several), {"distance_name": "rmse"})
     heads = [head.format_map(about) for head, _ in columns.values()]
-    lines = [f"| {' | '.join(['loss', *heads])} |", "|---" * (1 + len(columns)) + "|"]
+    lines = [["loss", *heads]]
     for name, several in seeds.items():
         cells = [
             spread([row[key] for row in several if row.get(key) is not None], form)
             for key, (_, form) in columns.items()
         ]
         cells = cells if several else ["failed", *[""] * (len(columns) - 1)]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return lines
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -72,20 +72,16 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
     settings, heldout, rows = result["settings"], result["heldout"], result["rows"]
     summaries = {name: row["summary"] for name, row in rows.items()}
     parts = [
-        measures_table("", summaries, settings["clip"]),
+        markdown(measures_table("", summaries, settings["clip"])),
         f"[95 % bootstrap intervals] over {heldout['count']} held-out images, "
         f"each to {', '.join(settings['classes'])}; their digest is {heldout['digest'][:16]}.",
     ]
     if settings["clip"] is not None:
-        lines = [["R-Precision", *settings["classes"]]]
-        for name, each in summaries.items():
-            cells = each["r_precision"]["by_class"].values()
-            lines.append([name, *(_cell(cell, ".3f") for cell in cells)])
-        candidates = ", ".join(map(repr, settings["candidates"]))
-        parts += [markdown(lines), f"R-Precision ranks among {candidates}."]
+        parts += [markdown(class_table(summaries, settings["classes"])), candidates_text(result)]
     differences = {name: each["summary"] for name, each in result["differences"].items()}
     for other in {each["against"] for each in result["differences"].values()}:
-        parts.append(measures_table(f"minus {other}", differences, settings["clip"], "+"))
+        lines = measures_table(f"minus {other}", differences, settings["clip"], "+")
+        parts.append(markdown(lines))
     parts += result["left_out"]
     if heldout["excluded"]:
         number = len(heldout["excluded"])
@@ -96,8 +92,8 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
 
 def measures_table(
     corner: str, summaries: Mapping[str, Mapping[str, Any]], clip: str | None, sign: str = ""
-) -> str:
-    """Measures with their intervals as a Markdown table, a row each.
+) -> list[list[str]]:
+    """Measures with their intervals as rows of cells, the first the headings.
 
     Args:
         corner: what stands above the names.
@@ -114,7 +110,23 @@ def measures_table(
     for name, each in summaries.items():
         cells = (_cell(each.get(key), form) for key, (_, form) in columns.items())
         lines.append([name, *cells])
-    return markdown(lines)
+    return lines
+
+
+def class_table(
+    summaries: Mapping[str, Mapping[str, Any]], classes: Sequence[str]
+) -> list[list[str]]:
+    """R-Precision with its intervals by class as rows of cells; see `measures_table`."""
+    lines = [["R-Precision", *classes]]
+    for name, each in summaries.items():
+        cells = each["r_precision"]["by_class"].values()
+        lines.append([name, *(_cell(cell, ".3f") for cell in cells)])
+    return lines
+
+
+def candidates_text(result: Mapping[str, Any]) -> str:
+    """What R-Precision ranks among."""
+    return f"R-Precision ranks among {', '.join(map(repr, result['settings']['candidates']))}."
 
 
 def _cell(about: Mapping[str, Any] | None, form: str) -> str:

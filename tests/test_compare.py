@@ -30,7 +30,7 @@ from lmc.priors import DiffusersPrior
 from lmc.release import load_averaged
 from lmc.results import numbers
 from lmc.specs import LOSSES, parse_specs
-from lmc.tables import table
+from lmc.tables import markdown, seeds_table
 from lmc.training.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
 
 import worlds
@@ -534,7 +534,8 @@ def test_table_over_seeds():
         "none": [],
         "dash": [row(1)],
     }
-    lines = table(rows, {"n": ("number", ".0f"), "m": ("same", ".0f")}).splitlines()
+    columns = {"n": ("number", ".0f"), "m": ("same", ".0f")}
+    lines = markdown(seeds_table(rows, columns)).splitlines()
     assert lines[0].startswith("| loss | rmse to source |") and lines[0].endswith(
         "| number | same |"
     )

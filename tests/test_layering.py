@@ -25,8 +25,8 @@ ORDER = (
     "evaluate",
     "figures",
     "tables",
-    "report",
     "release",
+    "report",
     "training",
     "compare",
 )

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmc.cli import compare, evaluate
-from lmc.cli.evaluate import load_translator
+from lmc.cli import compare, evaluate, report
 
 OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
 # Commands with typed options and a configuration file, handed on before argparse reads them.
@@ -26,6 +25,7 @@ def translate(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from lmc.images import decode_image, middle_square, to_uint8
+    from lmc.release import load_translator
 
     translator = load_translator(args.translator).to(args.device)
     targets = args.to or translator.classes
@@ -203,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
     evaluate.add_parser(commands)
+    report.add_parser(commands)
     two = commands.add_parser("translate", help="translate image files")
     two.set_defaults(run_command=translate)
     two.add_argument("input", nargs="+", metavar="INPUT", help="image files")

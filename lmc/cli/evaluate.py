@@ -1,7 +1,6 @@
 """`lmc evaluate`: translators and folders of images, measured on held-out images."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -21,13 +20,14 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from lmc.evaluate import Folder, Tools, heldout_keys, real_features, translated
     from lmc.evaluate import evaluate as measure
-    from lmc.results import combine, write_json
+    from lmc.release import load_translator
+    from lmc.results import combine, read_result, write_json
     from lmc.tables import evaluation_text
 
     began = time.monotonic()
     if not args.shards or not (args.translator or args.images):
         raise ValueError("name held-out images (--shards) and what to measure (--translator RUN …)")
-    earlier = {name: _result(Path(name)) for name in args.beside}
+    earlier = {name: read_result(Path(name)) for name in args.beside}
     paths = _named([*args.translator, *args.images])
     names = list(paths)
     if "source" in names:
@@ -86,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> None:
     for name, path in paths.items():
         result["rows"][name]["path"] = path
     result["left_out"] += notes
-    result["heldout"] = {"shards": args.shards, **result["heldout"]}
+    result["heldout"] = {"shards": args.shards, "image_size": size, **result["heldout"]}
     result["seconds"] = round(time.monotonic() - began, 1)
     if earlier:
         result = combine({"this evaluation": result, **earlier}, against)
@@ -161,17 +161,6 @@ def _prompts(args: argparse.Namespace, classes: Sequence[str]) -> Any:
     return Prompts(targets, args.candidates or list(dict.fromkeys(default)))
 
 
-def _result(file: Path) -> dict[str, Any]:
-    from lmc.results import check_result
-
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    check_result(str(file), found)
-    return found
-
-
 def _real(
     args: argparse.Namespace, classes: Sequence[str], size: int, rank: int, world_size: int
 ) -> Iterable[Any] | None:
@@ -205,22 +194,6 @@ def _join_processes(device: str) -> tuple[int, int, str]:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     return rank, world_size, device
-
-
-def load_translator(path: str) -> Any:
-    """A translator from a run folder, a release or a hub id.
-
-    Raises:
-        OSError, ValueError: there is none.
-    """
-    from lmc.release import load_averaged, load_network
-    from lmc.translator import Translator
-
-    run = Path(path) / "checkpoints"
-    network = load_averaged(Path(path))[0] if run.is_dir() else load_network(path)
-    if not isinstance(network, Translator):
-        raise ValueError(f"{path} is a {type(network).__name__}, not a Translator")
-    return network.eval()
 
 
 class _Progress:

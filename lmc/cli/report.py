@@ -1,0 +1,111 @@
+"""`lmc report`: what was measured, as one HTML page."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def report(args: argparse.Namespace) -> None:
+    """Read results and runs, write the page."""
+    from lmc.report import draw, is_run, read_run, write_report
+
+    result, seeds = _result(args.results, args.against)
+    rows = [name for name in result["rows"] if name != "source"]
+    paths = {name: result["rows"][name].get("path") for name in rows}
+    folders = {name: path for name, path in paths.items() if path and is_run(path)}
+    for folder in args.runs:
+        name = Path(folder).name
+        if Path(folders.setdefault(name, folder)) != Path(folder):
+            raise ValueError(f"two runs are named {name!r}: {folders[name]} and {folder}")
+    runs = {name: read_run(Path(folder)) for name, folder in folders.items()}
+    pictures = None
+    if args.pictures:
+        pictures = draw(result, _heldout(result), args.pictures, rows)
+    write_report(args.out, result, runs, pictures, seeds, args.title)
+    size = args.out.stat().st_size / 1e6
+    print(f"written: {args.out} ({size:.1f} MB; one file, to be opened in a browser)")
+
+
+def _result(names: list[str], against: str | None) -> tuple[dict[str, Any], list[list[str]]]:
+    """All results as one, and the table over seeds where there is one."""
+    from lmc.compare import read_comparison
+    from lmc.results import combine, read_result
+
+    results: dict[str, dict[str, Any]] = {}
+    seeds: list[list[str]] = []
+    for name in names:
+        if Path(name).is_dir():
+            results[name], seeds = read_comparison(Path(name))
+        else:
+            results[name] = read_result(Path(name))
+    if len(results) < len(names):
+        raise ValueError(f"the same is named twice: {', '.join(names)}")
+    if len(results) == 1 and not against:
+        return results[names[0]], seeds
+    rows = [row for each in results.values() for row in each["rows"] if row != "source"]
+    # A table over seeds is of one comparison's rows.
+    return combine(results, against or rows[0]), seeds if len(results) == 1 else []
+
+
+def _heldout(result: dict[str, Any]) -> Any:
+    """The held-out images of a result, in batches."""
+    from torch.utils.data import DataLoader
+
+    from lmc.images import ImageStream
+
+    about = result["heldout"]
+    if "image_size" not in about:
+        raise ValueError(
+            "the result does not say where its held-out images lie: leave the pictures out "
+            "(--pictures 0)"
+        )
+    stream = ImageStream(about["shards"], about["image_size"], 50, training=False)
+    return DataLoader(stream, batch_size=None)
+
+
+def pictures(text: str) -> int:
+    """A number of pictures, for argparse."""
+    if int(text) < 0:
+        raise ValueError(text)
+    return int(text)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command to those of `lmc`."""
+    command = commands.add_parser(
+        "report",
+        help="one HTML page of what was measured: tables, pictures, plots, runs",
+        description="Writes one HTML file that needs neither network nor server.",
+    )
+    command.set_defaults(run_command=report)
+    command.add_argument(
+        "results",
+        nargs="+",
+        metavar="RESULT",
+        help="JSON files of lmc evaluate --out, over the same held-out images, or a folder of lmc "
+        "compare",
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)"
+    )
+    command.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="run folders whose training curves and configurations are shown, beside those that "
+        "the results name; one called like a row is that row's",
+    )
+    command.add_argument(
+        "--pictures",
+        type=pictures,
+        default=6,
+        metavar="N",
+        help="held-out images to translate and show; 0 leaves them out (%(default)s)",
+    )
+    command.add_argument(
+        "--against",
+        metavar="NAME",
+        help="row that the others are compared with; default that of the result",
+    )
+    command.add_argument("--title", default="Score distillation, measured", help="(%(default)r)")
