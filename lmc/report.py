@@ -87,13 +87,17 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: it is no run folder.
+        ValueError: its about.json is broken.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not is_run(str(folder)):
         raise FileNotFoundError(f"{folder} has no config.yaml: not a run folder")
     about = folder / "about.json"
-    sessions = json.loads(about.read_text())["sessions"] if about.exists() else []
+    try:
+        sessions = json.loads(about.read_text())["sessions"] if about.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{about} is not what a training writes: move it away") from error
     events = EventAccumulator(str(folder), {"scalars": 0, "images": 1, "tensors": 1}).Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
@@ -401,7 +405,9 @@ def _scatter(
                 elinewidth=1,
                 markersize=5,
             )
-            text = axes.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+            text = axes.annotate(
+                name, (x, y), (4, 4), textcoords="offset points", fontsize=8, parse_math=False
+            )
             for artist in (marker, *caps, *bars, text):
                 artist.set_gid(style["gid"])
         axes.margins(0.12)

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from lmc.cli import report
+
 
 def compare(args: argparse.Namespace) -> None:
     """Train and measure; ends with an error where a training failed."""
@@ -26,6 +28,7 @@ def compare(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         sys.exit("lmc: stopped; the same command goes on")
     print(f"written: {out}/table.md, results.json, grid.png")
+    report.write([str(out)], out / "report.html")
     if failed:
         sys.exit(
             f"lmc: {len(failed)} trainings failed, or could not be measured; the same command "

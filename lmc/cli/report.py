@@ -1,32 +1,46 @@
 """`lmc report`: what was measured, as one HTML page."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+TITLE = "Score distillation, measured"
+PICTURES = 6
 
 
 def report(args: argparse.Namespace) -> None:
     """Read results and runs, write the page."""
+    write(args.results, args.out, args.runs, args.pictures, args.against, args.title)
+
+
+def write(
+    results: Sequence[str],
+    out: Path,
+    runs: Sequence[str] = (),
+    pictures: int = PICTURES,
+    against: str | None = None,
+    title: str = TITLE,
+) -> None:
+    """Write the page and say so; the arguments are the command's."""
     from lmc.report import draw, is_run, read_run, write_report
 
-    result, seeds = _result(args.results, args.against)
+    result, seeds = _result(results, against)
     rows = [name for name in result["rows"] if name != "source"]
     paths = {name: result["rows"][name].get("path") for name in rows}
     folders = {name: path for name, path in paths.items() if path and is_run(path)}
-    for folder in args.runs:
+    for folder in runs:
         name = Path(folder).name
         if Path(folders.setdefault(name, folder)) != Path(folder):
             raise ValueError(f"two runs are named {name!r}: {folders[name]} and {folder}")
-    runs = {name: read_run(Path(folder)) for name, folder in folders.items()}
-    pictures = None
-    if args.pictures:
-        pictures = draw(result, _heldout(result), args.pictures, rows)
-    write_report(args.out, result, runs, pictures, seeds, args.title)
-    size = args.out.stat().st_size / 1e6
-    print(f"written: {args.out} ({size:.1f} MB; one file, to be opened in a browser)")
+    trainings = {name: read_run(Path(folder)) for name, folder in folders.items()}
+    drawn = draw(result, _heldout(result), pictures, rows) if pictures else None
+    write_report(out, result, trainings, drawn, seeds, title)
+    size = out.stat().st_size / 1e6
+    print(f"written: {out} ({size:.1f} MB; one file, to be opened in a browser)")
 
 
-def _result(names: list[str], against: str | None) -> tuple[dict[str, Any], list[list[str]]]:
+def _result(names: Sequence[str], against: str | None) -> tuple[dict[str, Any], list[list[str]]]:
     """All results as one, and the table over seeds where there is one."""
     from lmc.compare import read_comparison
     from lmc.results import combine, read_result
@@ -63,7 +77,7 @@ def _heldout(result: dict[str, Any]) -> Any:
     return DataLoader(stream, batch_size=None)
 
 
-def pictures(text: str) -> int:
+def count(text: str) -> int:
     """A number of pictures, for argparse."""
     if int(text) < 0:
         raise ValueError(text)
@@ -98,8 +112,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--pictures",
-        type=pictures,
-        default=6,
+        type=count,
+        default=PICTURES,
         metavar="N",
         help="held-out images to translate and show; 0 leaves them out (%(default)s)",
     )
@@ -108,4 +122,4 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="row that the others are compared with; default that of the result",
     )
-    command.add_argument("--title", default="Score distillation, measured", help="(%(default)r)")
+    command.add_argument("--title", default=TITLE, help="(%(default)r)")

@@ -1,0 +1,387 @@
+"""The report: what stands on the page, what is refused, and the page in a real browser."""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_evaluate import build_clip_folder
+from torch.utils.tensorboard import SummaryWriter
+
+from lmc.cli import main
+from lmc.images import ImageStream, to_uint8, write_shard
+from lmc.report import _endings, _thinned, read_run
+from lmc.results import combine
+from lmc.translator import Translator
+
+import worlds
+
+NAMES = ("one", "two")
+NASTY = "x <b>&\"' $y$"  # a name that would break a page that does not escape
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out images, two translators, a folder of images and what was measured of them."""
+    folder = tmp_path_factory.mktemp("report")
+    worlds.write_world(folder / "shards", count=6)
+    build_clip_folder(folder / "clip")
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        Translator(["dog", "bear"], 16, [8, 8]).save_pretrained(folder / name)
+    batch = next(iter(heldout(folder)))
+    for name in ("dog", "bear"):
+        (folder / NASTY / name).mkdir(parents=True)
+        for key, image in zip(batch.key, batch.image, strict=True):
+            (folder / NASTY / name / f"{key}.png").write_bytes(worlds.png(-image))
+    evaluate(folder, *NAMES)
+    return folder
+
+
+def heldout(world: Path) -> ImageStream:
+    return ImageStream(f"{world}/shards/heldout-*.tar", 16, 100, training=False)
+
+
+def evaluate(world: Path, *names: str, out: str = "results.json", images: str = NASTY) -> None:
+    clip = ["--clip", str(world / "clip"), "--offline", "--shards", f"{world}/shards/heldout-*.tar"]
+    rows = ["--translator", *(str(world / name) for name in names)]
+    more = ["--images", str(world / images)] if images else []
+    main(["evaluate", *rows, *more, *clip, "--out", str(world / out)])
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path) -> Path:
+    """Run folders: of row 'one', of a second translator, of a corrector; the last says nothing."""
+    folder = world / "runs"
+    for name, tags in (
+        ("one", ("train/loss", "train/l2", "heldout/r_precision")),
+        ("another", ("train/loss", "train/l2")),
+        ("corrector", ("train/loss", "heldout/loss", "heldout/loss/t0.0", "heldout/loss/t0.4")),
+    ):
+        with SummaryWriter(folder / name) as writer:
+            for step in range(0, 1000, 2):
+                for tag in tags:
+                    writer.add_scalar(tag, step / 10, step)
+        (folder / name / "config.yaml").write_text(f"loss: <{name}>\n")
+        session = {
+            "began": "2026-01-31T12:00:00+00:00",
+            "seconds": 5000.0,
+            "from_step": 0,
+            "to_step": 998,
+            "processes": 2,
+            "hardware": "a machine",
+            "commit": "0123456789abcdef",
+            "dirty": name == "one",
+            "versions": {"lmc": "9.9", "torch": "8.8"},
+        }
+        if name != "corrector":
+            later = {**session, "seconds": 3000.0, "to_step": 2000, "hardware": "another one"}
+            sessions = {"sessions": [session, later]}
+            (folder / name / "about.json").write_text(json.dumps(sessions))
+    return folder
+
+
+def page_of(world: Path, tmp_path: Path, *more: str) -> str:
+    out = tmp_path / "report.html"
+    main(["report", str(world / "results.json"), "--out", str(out), *more])
+    return out.read_text()
+
+
+def message(*given: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["report", *given])
+    assert isinstance(caught.value.code, str), "exits with status 1 and a message"
+    return caught.value.code
+
+
+def pixels(address: str) -> np.ndarray:
+    kind, _, data = address.partition(";base64,")
+    assert kind == "data:image/png"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+# ---------------------------------------------------------------------------------------------
+# What stands on it
+
+
+def test_the_page_shows_the_numbers_and_pictures_of_the_result(world, tmp_path):
+    text = page_of(world, tmp_path, "--pictures", "4")
+    result = json.loads((world / "results.json").read_text())
+    for name, row in result["rows"].items():
+        for measure in ("rmse", "r_precision", "spectrum_error"):
+            cell = row["summary"][measure]
+            shown = f"{cell['value']:.3f} <small>[{cell['low']:.3f}, {cell['high']:.3f}]</small>"
+            assert shown in text, (name, measure)
+    assert result["heldout"]["digest"][:16] in text
+    assert "lpips left out" in text and "R-Precision by class" in text
+    assert "Differences to one" in text
+    # The pictures are those that were measured, of the first keys, in every block.
+    found = re.findall(r'data-column="(\d)"><img alt="([^"]*)" src="([^"]*)"', text)
+    assert len(found) == 2 * 3 * 4
+    batch = next(iter(heldout(world)))
+    sources = dict(zip(batch.key, batch.image, strict=True))
+    keys = result["heldout"]["keys"][:4]
+    for column, caption, address in found:
+        name, _, rest = html.unescape(caption).partition(", ")
+        key, _, rest = rest.partition(" to ")
+        target, _, measured = rest.partition(": ")
+        assert key == keys[int(column)]
+        if name == NASTY:
+            expected = -sources[key]
+        else:
+            translator = Translator.from_pretrained(world / name).eval()
+            ids = translator.class_ids([target])
+            with torch.no_grad():
+                expected = translator(sources[key][None], ids)[0]
+        shown = torch.from_numpy(pixels(address).copy()).permute(2, 0, 1)
+        torch.testing.assert_close(shown, to_uint8(expected), atol=1, rtol=0)
+        values = result["rows"][name]["per_image"]
+        i = keys.index(key)
+        assert f"CLIP score {values['clip_score'][target][i]:.3f}" in measured
+        assert ("not recognised" in measured) == (values["r_precision"][target][i] == 0)
+
+
+def test_the_page_needs_nothing_from_elsewhere(world, runs, tmp_path):
+    text = page_of(world, tmp_path, "--runs", *(str(x) for x in sorted(runs.iterdir())))
+    shown = re.sub(r"<svg .*?</svg>", "", text, flags=re.S)
+    addresses = re.findall(r'(?:src|href|action|data)="([^"]*)"', shown)
+    assert addresses and all(x.startswith(("data:", "#")) for x in addresses)
+    assert not re.search(r"@import|url\((?!#)", text)
+    # In the plots only references into themselves; names of XML's namespaces are no addresses.
+    for plot in re.findall(r"<svg .*?</svg>", text, flags=re.S):
+        links = re.findall(r'(?:href|src)="([^"]*)"', plot) + re.findall(r"url\(([^)]*)\)", plot)
+        assert all(x.startswith("#") for x in links)
+        assert all(f'id="{x[1:]}"' in plot for x in links)
+
+
+def test_names_are_escaped(world, tmp_path):
+    text = page_of(world, tmp_path)
+    assert NASTY not in text and html.unescape(text).count(NASTY) > 10
+    scatter = re.search(r"RMSE to source over .*?</svg>", text, re.S)
+    assert scatter and NASTY in html.unescape(scatter[0]), "not taken for TeX either"
+
+
+def test_plots_are_of_the_result_and_in_the_pages_colours(world, runs, tmp_path):
+    text = page_of(world, tmp_path, "--runs", str(runs / "one"), str(runs / "corrector"))
+    plots = re.findall(r"<figcaption>([^<]*)</figcaption><svg ", text)
+    assert [html.unescape(x).split(",")[0] for x in plots] == [
+        "RMSE to source over CLIP score",
+        "Average power spectrum",
+        "Histogram of vertical derivatives",
+        "size of the loss's gradient (RMS)",
+        "L2 to the source",
+        "R-Precision",
+        "corrector: L_k of the corrector",
+        "corrector: held-out L_k by noise level",
+    ]
+    assert "#fd000" not in text and "#fe00" not in text
+    spectrum = re.search(r"Average power spectrum</figcaption>(<svg .*?</svg>)", text, re.S)
+    assert spectrum
+    for i in range(3):
+        assert f'data-series="{i}"' in spectrum[1] and f"var(--s{i})" in spectrum[1]
+
+
+def test_runs_say_how_they_were_made(world, runs, tmp_path):
+    text = html.unescape(page_of(world, tmp_path, "--runs", *(str(x) for x in runs.iterdir())))
+    for words in (
+        "loss: <one>",
+        "2.22 h, in 2 sessions",
+        "a machine, then another one",
+        "0123456789ab with changes",
+        "lmc 9.9, torch 8.8",
+        "not recorded",
+    ):
+        assert words in text
+
+
+def test_curves_are_read_and_thinned(runs):
+    run = read_run(runs / "one")
+    assert run.translator and not read_run(runs / "corrector").translator
+    steps, values = run.curves["train/loss"]
+    assert len(steps) == 500 and values[-1] == pytest.approx(99.8)
+    thin = _thinned(steps, values)
+    assert len(thin[0]) == 125 and thin[0][0] == 3 and thin[1][0] == pytest.approx(0.3)
+    assert _thinned([1], [2.0]) == ([1], [2.0])
+
+
+def test_prompts_lose_the_words_they_share():
+    assert _endings(["a photo of a dog", "a photo of a big cat"]) == ["dog", "big cat"]
+    assert _endings(["a dog", "a"]) == ["dog", "a"]
+    assert _endings(["a dog"]) == ["a dog"]
+    assert _endings(["cat", "catfish"]) == ["cat", "catfish"]
+
+
+def test_results_are_put_together(world, tmp_path):
+    evaluate(world, "one", out="first.json", images="")
+    evaluate(world, "two", out="second.json", images="")
+    out = tmp_path / "report.html"
+    files = [str(world / x) for x in ("first.json", "second.json")]
+    main(["report", *files, "--against", "two", "--pictures", "2", "--out", str(out)])
+    text = out.read_text()
+    assert "Differences to two" in text
+    both = combine({x: json.loads(Path(x).read_text()) for x in files}, "two")
+    cell = both["differences"]["one"]["summary"]["rmse"]
+    assert f"{cell['value']:+.3f} <small>[{cell['low']:+.3f}, {cell['high']:+.3f}]</small>" in text
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_what_does_not_fit_is_refused(world, runs, tmp_path):
+    results, out = str(world / "results.json"), str(tmp_path / "report.html")
+    broken = shutil.copytree(runs / "another", tmp_path / "broken")
+    (broken / "about.json").write_text("[]")
+    for args, why in (
+        ([str(world / "nothing.json")], "No such file"),
+        ([str(world / "one" / "config.json")], "no result of lmc evaluate"),
+        ([str(runs)], "no finished comparison"),
+        ([results, results], "the same is named twice"),
+        ([results, "--against", "three"], "no row 'three'"),
+        ([results, "--runs", str(world)], "not a run folder"),
+        ([results, "--runs", str(broken)], "about.json is not what a training writes"),
+        ([results, "--runs", str(runs / "one"), str(world / "one")], "two runs are named 'one'"),
+    ):
+        assert why in message(*args, "--out", out), args
+    with pytest.raises(SystemExit):
+        main(["report", results, "--pictures", "-1"])
+    assert not Path(out).exists()
+
+
+def test_pictures_of_something_else_are_refused(world, tmp_path):
+    """Weights trained on, other held-out images, files that moved: no picture beside numbers that
+    are not its own."""
+    copy = tmp_path / "copy"
+    shutil.copytree(world, copy)
+    evaluate(copy, *NAMES)
+    results, out = str(copy / "results.json"), str(tmp_path / "report.html")
+    weights = copy / "two" / "model.safetensors"
+    before = weights.read_bytes()
+    torch.manual_seed(5)
+    Translator(["dog", "bear"], 16, [8, 8]).save_pretrained(copy / "two")
+    said = message(results, "--out", out)
+    assert "no longer those measured as 'two'" in said and "--pictures 0" in said
+    shutil.rmtree(copy / "two")
+    assert "two" in message(results, "--out", out)
+    shutil.copytree(world / "two", copy / "two")
+    assert weights.read_bytes() == before
+    shard = copy / "shards" / "heldout-00000.tar"
+    batch = next(iter(heldout(copy)))
+    (copy / "shards" / "heldout-00001.tar").unlink()
+    write_shard(shard, [(batch.key[0], worlds.png(batch.image[0]), "png", {"label": "cat"})])
+    assert "are not those that were measured" in message(results, "--out", out)
+    main(["report", results, "--pictures", "0", "--out", out])
+    assert 'class="picture"' not in Path(out).read_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, where there is one."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        # Set where the test must not be passed over.
+        if os.environ.get("CHROMIUM_REQUIRED"):
+            pytest.fail("CHROMIUM_REQUIRED is set and there is no chromium on the path")
+        pytest.skip("no chromium on the path (Debian's package chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def file(world: Path, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with everything."""
+    folder = tmp_path_factory.mktemp("page")
+    page_of(world, folder, "--runs", *(str(x) for x in sorted(runs.iterdir())))
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize("width", [1300, 390])
+def test_the_page_in_a_browser(browser, file, width):
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text))
+    page.on("request", lambda it: it.url[:5] in ("data:", "file:") or wrong.append(it.url))
+    page.goto(file.as_uri())
+    # All pictures load, nothing is wider than the window.
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('main img, .strip img')].map(x => x.naturalWidth)"
+    )
+    assert sizes and set(sizes) == {16}
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # A click enlarges a picture; the slider moves the edge between source and result.
+    page.locator(".picture").nth(7).click()
+    dialog = page.locator("dialog")
+    assert dialog.is_visible()
+    caption = page.locator(".picture").nth(7).locator("img").get_attribute("alt")
+    assert dialog.locator("p").inner_text() == caption
+    box = dialog.locator("input").bounding_box()
+    lefts = []
+    for share in (0.25, 0.75):
+        page.mouse.click(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+        value = float(dialog.locator("input").input_value())
+        assert value == pytest.approx(100 * share, abs=4)
+        assert dialog.locator(".under").evaluate("x => x.style.clipPath") == (
+            f"inset(0px {100 - value:g}% 0px 0px)"
+        )
+        lefts.append(dialog.locator(".edge").bounding_box()["x"])
+    stage = dialog.locator(".stage").bounding_box()["width"]
+    assert lefts[1] - lefts[0] == pytest.approx(stage / 2, rel=0.1)
+    # The source beneath is that of the same column, whichever picture is looked at.
+    for _ in range(2):
+        dialog.locator(".next").click()
+    shown = dialog.locator(".result").get_attribute("src")
+    assert shown == page.locator(".picture").nth(9).locator("img").get_attribute("src")
+    under = dialog.locator(".under").get_attribute("src")
+    assert under == page.locator(".source").nth(9 % 6).get_attribute("src")
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    # A row by itself in all plots, and back.
+    button = page.locator(".legend button").nth(1)
+    button.click()
+    page.mouse.move(0, 0)
+    faded = page.locator("#plots ~ .plots .series").evaluate_all(
+        "all => all.map(x => [x.dataset.series, x.classList.contains('on')])"
+    )
+    assert faded and all((series == "1") == on for series, on in faded)
+    assert {series for series, _ in faded} >= {"0", "1", "2"}
+    button.click()
+    page.mouse.move(0, 0)
+    assert not page.evaluate("document.body.classList.contains('highlighting')")
+    assert wrong == []
+    page.close()
+
+
+def test_the_page_is_dark_where_the_system_is_and_light_on_paper(browser, file):
+    page = browser.new_page(color_scheme="dark")
+    page.goto(file.as_uri())
+
+    def brightness() -> tuple[float, float]:
+        of = "x => getComputedStyle(document.body)[x].match(/\\d+/g).slice(0, 3).map(Number)"
+        back, ink = (sum(page.evaluate(of, x)) / 765 for x in ("backgroundColor", "color"))
+        return back, ink
+
+    back, ink = brightness()
+    assert back < 0.2 and ink > 0.8
+    page.emulate_media(media="print")
+    back, ink = brightness()
+    assert back == 1 and ink == 0
+    page.close()
