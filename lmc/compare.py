@@ -149,7 +149,9 @@ def read_comparison(out: Path) -> tuple[dict[str, Any], list[list[str]]]:
     compared = json.loads((out / "results.json").read_text())
     config = json.loads((out / "comparison.json").read_text())["config"]
     found = {"source": json.loads((out / "source/evaluation.json").read_text())["measured"]}
+    failed = []
     for label, seeds in compared["losses"].items():
+        failed += [f"{label} seed {seed} failed" for seed, row in seeds.items() if "failed" in row]
         seed = next((seed for seed, row in seeds.items() if "failed" not in row), None)
         if seed is None:
             continue
@@ -161,6 +163,7 @@ def read_comparison(out: Path) -> tuple[dict[str, Any], list[list[str]]]:
     data = config["data"]
     where = {"shards": data["heldout"], "image_size": data["image_size"]}
     result["heldout"] = {**where, **result["heldout"]}
+    result["left_out"] = [*result["left_out"], *failed]
     several = any(len(seeds) > 1 for seeds in compared["losses"].values())
     return result, _rows_over_seeds(compared["source"], compared["losses"]) if several else []
 

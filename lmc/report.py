@@ -392,6 +392,7 @@ def _scatter(
     """A point a name, x and y as cells of a result, with their intervals, as SVG."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(labels)
+        middle = statistics.mean(x["value"] for x, _ in points.values())
         for name, cells in points.items():
             style = series.style(name)
             (x, *x_bar), (y, *y_bar) = ([c["value"], *_bar(c)] for c in cells)
@@ -405,8 +406,16 @@ def _scatter(
                 elinewidth=1,
                 markersize=5,
             )
+            left = x > middle  # of its point, so that it stays inside the axes
             text = axes.annotate(
-                name, (x, y), (4, 4), textcoords="offset points", fontsize=8, parse_math=False
+                name if len(name) <= 24 else f"{name[:23]}…",
+                (x, y),
+                (-4 if left else 4, 4),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=8,
+                parse_math=False,
+                in_layout=False,
             )
             for artist in (marker, *caps, *bars, text):
                 artist.set_gid(style["gid"])

@@ -1,5 +1,6 @@
 """`lmc compare`: what is trained, what is not trained again, what is written, what is refused."""
 
+import html
 import json
 import os
 import re
@@ -336,6 +337,18 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert cells(markdown, "source")[0] == f"{0:.3f}"
     # A block of a source row, and one of two classes for each loss.
     assert Image.open(out / "grid.png").size[1] == (1 + 3 * 2) * (16 + 2) + 4 * 18
+
+    # The report: the table over seeds, and the first seed of each that did not fail.
+    page = html.unescape((out / "report.html").read_text())
+    for label in ("cond", "lmc:guidance_scale=2"):
+        assert f"<td>{cells(markdown, label)[0]}</td>" in page
+        cell = json.loads(
+            (out / parse_specs(label)[0].folder() / "seed0/evaluation.json").read_text()
+        )
+        cell = cell["measured"]["rows"][f"{label} seed 0"]["summary"]["rmse"]
+        assert f"{cell['value']:.3f} <small>[{cell['low']:.3f}, {cell['high']:.3f}]" in page
+    assert f"{failing} seed 1 failed" in page
+    assert page.count('class="picture"') == 3 * 2 * 6
 
     # Again: what failed goes on from its checkpoint, the rest is neither trained nor measured.
     trained.clear()

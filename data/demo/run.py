@@ -1,7 +1,8 @@
 """The whole way on the demo world, in one command: `make demo`.
 
 Draws the shards, trains the corrector, trains a translator with each of three losses, evaluates
-them on the held-out cats, and writes into runs/demo/ the releases, grid.png and results.json.
+them on the held-out cats, and writes into runs/demo/ the releases, results.json, grid.png and
+report.html, the page to look at.
 Stopped, it goes on with the same command; --fresh starts over.
 
 The trainings are the two scripts with configs/*/demo.yaml, each on one thread, side by side: on two
@@ -142,11 +143,17 @@ def main() -> None:
             *("-m", "lmc.cli", "release", f"{OUT}/{name}", "--out", f"{OUT}/release/{name}"),
             *("--results", f"{OUT}/evaluation.json", "--row", name, "--picture", f"{OUT}/grid.png"),
         )
+    call(
+        *("-m", "lmc.cli", "report", f"{OUT}/evaluation.json", "--out", f"{OUT}/report.html"),
+        *("--runs", f"{OUT}/bias", *(f"{OUT}/{name}" for name in LOSSES)),
+        *("--title", "Cats to others, on the demo world"),
+    )
     results["seconds"] = round(time.monotonic() - start, 1)
     (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     errors = results["corrector"]
     print(f"corrector: L_k {errors['loss']:.4f}, of the identity {errors['identity_loss']:.4f}")
-    print(f"{results['seconds']:.0f} s; look at {OUT}/grid.png, releases in {OUT}/release/")
+    print(f"{results['seconds']:.0f} s; the releases are in {OUT}/release/")
+    print(f"look at {OUT}/report.html (or {OUT}/grid.png)")
 
 
 if __name__ == "__main__":
