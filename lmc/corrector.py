@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from lmc.schedule import TIME_RANGE
 from lmc.triplets import Triplets
-from lmc.unet import ENCODING, HubNetwork, Norm, UNet, concatenate_condition, frequency_encoding
+from lmc.unet import (
+    ENCODING,
+    HubNetwork,
+    Norm,
+    UNet,
+    concatenate_condition,
+    frequency_encoding,
+    load_released,
+)
 
 Statistics = Literal["image", "channel", "none"]
 
@@ -329,6 +337,12 @@ class IdentityCorrector(BiasCorrector):
         """Every prior is right."""
 
 
+CORRECTORS: dict[str, type[Corrector | FilterCorrector]] = {
+    "bounded": Corrector,
+    "size": FilterCorrector,
+}  # by a key that only a release of this kind has; older ones lack some others
+
+
 def load_corrector(pretrained: str) -> BiasCorrector:
     """A released corrector of either kind, from its folder or hub id.
 
@@ -336,18 +350,13 @@ def load_corrector(pretrained: str) -> BiasCorrector:
         FileNotFoundError: it is no release folder and cannot be fetched.
         ValueError: it is the release of something else.
     """
-    corrector: Corrector | FilterCorrector
     try:
-        try:
-            corrector = FilterCorrector.from_pretrained(pretrained)
-        except TypeError:  # the config lacks the filter's size
-            corrector = Corrector.from_pretrained(pretrained)
+        corrector: Corrector | FilterCorrector = load_released(pretrained, CORRECTORS)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"no released corrector at {pretrained}: train one (train_bias.py) and release it "
             f"(lmc release RUN --out {pretrained})"
         ) from error
-    # A translator's weights can have the same names and shapes; it names no prior.
     if not corrector.prior:
         raise ValueError(f"{pretrained} names no prior: it is no corrector of train_bias.py")
     return corrector

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from lmc import __version__
-from lmc.corrector import Corrector, FilterCorrector
+from lmc.corrector import CORRECTORS, Corrector, FilterCorrector
 from lmc.translator import Translator
+from lmc.unet import load_released
 
 Network = Corrector | FilterCorrector | Translator
 KINDS: dict[str, type[Network]] = {"Corrector": Corrector, "Translator": Translator}
@@ -57,18 +58,9 @@ def load_network(folder: str) -> Network:
     """A released network, from a release folder or hub id, whichever kind it is.
 
     Raises:
-        FileNotFoundError: a local folder without config.json.
-        ValueError: it is a release of something else.
+        FileNotFoundError, OSError, ValueError: see `load_released`.
     """
-    path = Path(folder)
-    if path.is_dir() and not (path / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json: not a release (see lmc release)")
-    for kind in (Translator, FilterCorrector):
-        try:
-            return kind.from_pretrained(folder)
-        except TypeError:  # the config lacks the translator's classes, the filter's size
-            continue
-    return Corrector.from_pretrained(folder)
+    return load_released(folder, {"classes": Translator, **CORRECTORS})
 
 
 def load_translator(path: str) -> Translator:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from test_evaluate import build_clip_folder
 
+import lmc.cli.edits
 import lmc.cli.image
 from lmc.cli import main
 from lmc.corrector import FilterCorrector
@@ -251,7 +252,7 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
 
 def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
     runs: list[tuple[str, float, list[int]]] = []
-    optimize = lmc.cli.image.optimize
+    optimize = lmc.cli.edits.optimize
 
     def counted(renderer, **options):
         if len(runs) == 3:
@@ -260,7 +261,7 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
         runs.append((loss.name, loss.guidance_scale, options["seeds"]))
         return optimize(renderer, **options)
 
-    monkeypatch.setattr(lmc.cli.image, "optimize", counted)
+    monkeypatch.setattr(lmc.cli.edits, "optimize", counted)
     args = [*edits, "--batch_size=1", "--seed=7", "--losses=sds,cond"]
     with pytest.raises(SystemExit) as caught:
         main(args)
@@ -289,7 +290,7 @@ def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
 
 
 def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch, capsys):
-    optimize = lmc.cli.image.optimize
+    optimize = lmc.cli.edits.optimize
     raised = [FloatingPointError("not finite"), TypeError("odd"), torch.OutOfMemoryError("CUDA")]
 
     def failing(renderer, **options):
@@ -298,7 +299,7 @@ def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch,
             raise raised.pop(0)
         return optimize(renderer, **options)
 
-    monkeypatch.setattr(lmc.cli.image, "optimize", failing)
+    monkeypatch.setattr(lmc.cli.edits, "optimize", failing)
     args = [*edits, "--losses=sds,cond", "--batch_size=1"]
     with pytest.raises(SystemExit) as caught:
         main(args)
@@ -339,7 +340,7 @@ def test_a_list_goes_on_with_the_same_corrector_and_measures_only(
     main(args)
     made = results.read_bytes()
     # The same things by other paths, from elsewhere, and the same losses: nothing is left to do.
-    monkeypatch.setattr(lmc.cli.image, "optimize", lambda *_, **__: pytest.fail("it is done"))
+    monkeypatch.setattr(lmc.cli.edits, "optimize", lambda *_, **__: pytest.fail("it is done"))
     monkeypatch.chdir(world)
     (tmp_path / "prior").symlink_to(tiny_prior_folder)
     (tmp_path / "filter").rename(tmp_path / "moved")
@@ -378,7 +379,7 @@ def test_a_loss_is_built_once_for_a_scale_unless_it_learns(edits, tmp_path, monk
         seen.append(options["loss"])
         return renderer.image.detach()
 
-    monkeypatch.setattr(lmc.cli.image, "optimize", blurred)
+    monkeypatch.setattr(lmc.cli.edits, "optimize", blurred)
     # Two labels that differ in a character that no folder has.
     names = ["nfsd:negative_prompt=a cat", "nfsd:negative_prompt=a_cat", "vsd"]
     main([*edits, f"--losses={','.join(names)}", "--batch_size=1", "--guidance_scales=5"])

@@ -396,6 +396,18 @@ def test_the_filter_is_released_and_loaded_as_the_network_is(tmp_path):
         loaded.check_prior({**prior, "digest": "4567"})
 
 
+def test_what_is_no_corrector_is_refused_by_what_it_holds(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no released corrector at {tmp_path}"):
+        load_corrector(str(tmp_path))
+    file = tmp_path / "config.json"
+    file.write_text('{"classes": ["dog"], "image_size": 16, "widths": [8, 16]}')
+    with pytest.raises(ValueError, match=r"no Corrector or F.* has classes, image_size, widths$"):
+        load_corrector(str(tmp_path))
+    Corrector(widths=[8, 8]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names no prior"):
+        load_corrector(str(tmp_path))
+
+
 def test_no_statistics_leave_the_output_and_others_can_be_asked_for():
     corrector = IdentityCorrector()
     z, z_hat, t = pictures(0), 0.3 * pictures(1), torch.full((4,), 0.5)

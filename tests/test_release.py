@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -208,11 +209,58 @@ def test_a_translator_is_no_corrector(tmp_path):
         load_corrector(str(tmp_path / "translator"))
 
 
+def test_releases_of_the_first_version_load(tmp_path):
+    """Their configs have the keys of then: a translator's no `residual`."""
+    for network, keys in (
+        (Translator(["dog"], 16, [8, 16]), "classes image_size widths norm"),
+        (Corrector(widths=[8, 8]), "channels widths norm bounded statistics prior"),
+    ):
+        folder = tmp_path / type(network).__name__
+        network.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({key: config[key] for key in keys.split()}))
+        found = load_network(str(folder))
+        assert type(found) is type(network)
+        assert_weights(found, network.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["corrector", "filter", "translator"])
+def test_a_hub_id_is_told_by_the_config_of_its_cache(tmp_path, monkeypatch, kind):
+    """As huggingface_hub leaves a download; there is no way to the hub."""
+    network = {
+        "corrector": lambda: Corrector(widths=[8, 8], prior=PRIOR),
+        "filter": lambda: FilterCorrector(3, 8, prior=PRIOR),
+        "translator": lambda: Translator(["dog"], 16, [8, 16]),
+    }[kind]()
+    model, commit = tmp_path / f"models--me--{kind}", "0123456789abcdef" * 2 + "01234567"
+    network.save_pretrained(model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = load_network(f"me/{kind}")
+    assert type(found) is type(network)
+    assert_weights(found, network.state_dict())
+    if kind == "translator":
+        with pytest.raises(ValueError, match=r"me/translator .*has classes, image_size"):
+            load_corrector(f"me/{kind}")
+    else:
+        assert type(load_corrector(f"me/{kind}")) is type(network)
+    with pytest.raises(OSError):
+        load_network("me/other")
+    with pytest.raises(FileNotFoundError, match="no released corrector at me/other"):
+        load_corrector("me/other")
+
+
 def test_a_release_of_something_else_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config"):
         load_network(str(tmp_path))
-    with pytest.raises(ValueError, match="clip"):
+    with pytest.raises(ValueError, match=r"clip is the release of no T.* has architectures, "):
         load_network(str(ROOT / "data/demo/clip"))
+    for text in ("{", "null", "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"config.json of {tmp_path} cannot be read"):
+            load_network(str(tmp_path))
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):

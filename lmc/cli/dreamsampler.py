@@ -14,12 +14,12 @@ from typing import Any
 
 import jsonargparse
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
+from lmc.cli.shared import save_image
 from lmc.dreamsampler import (
     AveragePooling,
     Canvas,
@@ -31,8 +31,8 @@ from lmc.dreamsampler import (
     check_prior,
     data_weight,
 )
-from lmc.files import whole, write_text
-from lmc.images import decode_image, resize, to_uint8
+from lmc.files import write_text
+from lmc.images import decode_image, middle_square
 from lmc.priors import Embedding, Prior
 from lmc.specs import instantiate
 
@@ -97,7 +97,7 @@ class Task(ABC):
         images, others = self.sample(base, target)
         names = {f"result-{s}": x for s, x in zip(self.seeds, images, strict=True)}
         for name, image in (others | names).items():
-            write_png(out / f"{name}.png", image)
+            save_image(image, out / f"{name}.png")
         results = self.results(images.cpu())
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
         write_text(out / "config.yaml", settings)
@@ -111,10 +111,7 @@ class Task(ABC):
 
     def read(self, file: str, size: int) -> Tensor:
         """The middle square of an image file, (1, 3, size, size) in [-1, 1]."""
-        image = _decode(file)[None]
-        side = min(image.shape[-2:])
-        top, left = ((length - side) // 2 for length in image.shape[-2:])
-        return resize(image[..., top : top + side, left : left + side], size)
+        return middle_square(_decode(file)[None], size)
 
 
 @dataclass(kw_only=True)
@@ -319,13 +316,6 @@ TASKS: dict[str, type[Task]] = {
 def psnr(image: Tensor, original: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, of `image` clipped to [-1, 1]."""
     return round(peak_signal_noise_ratio(image.clamp(-1, 1), original, data_range=2.0).item(), 2)
-
-
-def write_png(file: Path, image: Tensor) -> None:
-    """(3, H, W) in [-1, 1] as a PNG, whole or not at all."""
-    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
-    with whole(file) as partial_file:
-        Image.fromarray(pixels).save(partial_file, "png")
 
 
 def parser() -> jsonargparse.ArgumentParser:

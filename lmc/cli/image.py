@@ -1,18 +1,11 @@
-"""`lmc synthesize`, `edit` and `gradients`: one image, or a list of them, under any loss.
+"""`lmc synthesize`, `edit` and `gradients`: one image under any loss. A list: `lmc.cli.edits`.
 
 Each command is a function whose arguments are the options; jsonargparse makes the command line and
 the configuration file of them.
 """
 
 import argparse
-import hashlib
-import inspect
-import json
-import pkgutil
-import sys
-import time as clock
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +17,22 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmc.cli import OUT_OF_MEMORY
-from lmc.corrector import BiasCorrector
-from lmc.files import whole, write_text
-from lmc.images import decode_image, middle_square, to_uint8
+from lmc.cli.edits import edit_list
+from lmc.cli.shared import (
+    RECORD,
+    RESULTS,
+    Job,
+    Progress,
+    check_out,
+    parse_numbers,
+    read_image,
+    save_image,
+    save_whole,
+)
+from lmc.files import write_text
+from lmc.images import middle_square
 from lmc.losses import LMC, ScoreDistillation
 from lmc.optimize import (
-    Comparison,
     Editing,
     Latents,
     Pixels,
@@ -44,12 +46,9 @@ from lmc.optimize import (
 from lmc.priors import Prior
 from lmc.results import write_json
 from lmc.schedule import TimeSchedule, add_noise
-from lmc.specs import Spec, instantiate, parse_specs
+from lmc.specs import instantiate
 
-SECONDS = 5.0  # between two lines of progress
 THUMBNAIL = 192  # longest side in pixels of a snapshot on the contact sheet
-RECORD, RESULTS = "settings.yaml", "results.json"
-EDIT_KEYS = {"image", "source_prompt", "prompt"}
 Parametrisation = Literal["pixels", "latents"]
 
 
@@ -86,7 +85,7 @@ def synthesize(
         snapshot_every: steps from one picture of the progression to the next.
         device: cpu, cuda, …
     """
-    numbers = _numbers(seeds, "seeds", int)
+    numbers = parse_numbers(seeds, "seeds", int)
     if size < 8:
         raise ValueError(f"size must be at least 8 pixels, got {size}")
     start = grey(len(numbers), size)
@@ -94,7 +93,7 @@ def synthesize(
         record,
         out,
         start,
-        _Job(prior, loss, [prompt] * len(numbers), numbers, settings, None, None),
+        Job(prior, loss, [prompt] * len(numbers), numbers, settings, None, None),
         time,
         parametrisation,
         snapshot_every,
@@ -138,7 +137,7 @@ def edit(
         snapshot_every: steps from one picture of the progression to the next.
         device: cpu, cuda, …
     """
-    numbers = _numbers(seeds, "seeds", int)
+    numbers = parse_numbers(seeds, "seeds", int)
     source = read_image(image)[None]
     if size is not None:
         source = _resize_shorter(source, size)
@@ -148,7 +147,7 @@ def edit(
         record,
         out,
         source,
-        _Job(prior, loss, [prompt] * len(numbers), numbers, settings, source, prompts),
+        Job(prior, loss, [prompt] * len(numbers), numbers, settings, source, prompts),
         time,
         parametrisation,
         snapshot_every,
@@ -156,27 +155,11 @@ def edit(
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What `optimize` and `check_task` take after the renderer."""
-
-    prior: Prior
-    loss: ScoreDistillation
-    prompts: Sequence[str]
-    seeds: Sequence[int]
-    settings: Synthesis
-    source: Tensor | None
-    source_prompts: Sequence[str] | None
-
-    def arguments(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
 def _optimise_one(
     record: str,
     out: Path,
     start: Tensor,
-    job: _Job,
+    job: Job,
     time: TimeSchedule | None,
     parametrisation: Parametrisation,
     snapshot_every: int,
@@ -247,12 +230,12 @@ def _write_progression(out: Path, seeds: Sequence[int], snapshots: Mapping[int, 
     columns = torch.stack(list(snapshots.values()), 1)
     steps = ", ".join(map(str, snapshots))
     rows = {f"seed {seed}": row for seed, row in zip(seeds, columns, strict=True)}
-    _replace(out / "progression.png", labelled_grid({f"after steps {steps}": rows}).save, "png")
+    save_whole(out / "progression.png", labelled_grid({f"after steps {steps}": rows}).save, "png")
     frames = [
         Image.fromarray((grid(each) * 255).round().byte().permute(1, 2, 0).numpy())
         for each in snapshots.values()
     ]
-    _replace(
+    save_whole(
         out / "progression.gif",
         frames[0].save,
         "gif",
@@ -261,379 +244,6 @@ def _write_progression(out: Path, seeds: Sequence[int], snapshots: Mapping[int, 
         duration=[250] * (len(frames) - 1) + [2000],
         loop=0,
     )
-
-
-# ---------------------------------------------------------------------------------------------
-# Many edits
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A line of a list of edits."""
-
-    image: str
-    source_prompt: str
-    prompt: str
-
-
-def edit_list(
-    record: str,
-    prior: Prior,
-    list: Path,
-    clip: str,
-    out: Path,
-    losses: str = "lmc,sds,dds,nfsd",
-    corrector: str | None = None,
-    guidance_scales: str = "1,5,15,30,100",
-    statistics_scale: float = 5.0,
-    size: int = 256,
-    settings: Comparison = Comparison(),  # noqa: B008
-    seed: int = 0,
-    batch_size: int = 8,
-    device: str = "cpu",
-) -> None:
-    """Every edit of a list with every loss at every guidance scale, measured [LMC, Fig. 5, 6].
-
-    Writes the results as PNGs, results.json with each one's distance to its source and CLIP score,
-    fig5.png (distance over CLIP score, a curve a loss) and fig6.png (image statistics). The same
-    command again goes on where it stopped, also with more losses or guidance scales. The guidance
-    is not rescaled by 1/ω. Where a loss fails the others go on; it is named at the end, with a
-    non-zero exit status, and under `failed` in results.json.
-
-    Args:
-        record: the options as YAML, kept beside the result.
-        prior: the diffusion model, by class_path and init_args.
-        list: a JSON object a line with image (a file, beside the list unless absolute),
-            source_prompt and prompt.
-        clip: a CLIP model, folder or hub id.
-        out: folder to write.
-        losses: with commas, each NAME[:OPTION=VALUE]*, such as lmc,sds:weighting=fantasia3d.
-        corrector: of the losses that take one and name none, such as lmc.
-        guidance_scales: with commas.
-        statistics_scale: the one of them that fig6.png is about.
-        size: side of the images in pixels; the middle square of each is resized to it.
-        settings: the defaults are the paper's.
-        seed: of the first edit; the second has the next, and so on.
-        batch_size: edits at once.
-        device: cpu, cuda, …
-    """
-    from lmc.evaluate import distances
-
-    edits = read_list(list)
-    sources = torch.cat([middle_square(read_image(Path(e.image))[None], size) for e in edits])
-    specs = parse_specs(losses)
-    scales = _numbers(guidance_scales, "guidance_scales", float)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if statistics_scale not in scales:
-        raise ValueError(f"statistics_scale {statistics_scale:g} is not among guidance_scales")
-    first = [0]
-    built = {
-        (spec.label, scale): _build(spec, corrector, scale) for spec in specs for scale in scales
-    }
-    correctors = {spec.label: _corrector_digest(built[spec.label, scales[0]]) for spec in specs}
-    for loss in built.values():
-        job = _edits_job(prior, loss, edits, sources, first, seed, settings)
-        check_task(Pixels(sources[first]), **job.arguments())
-    prompts = [p for each in edits for p in (each.source_prompt, each.prompt)]
-    negative = {loss.negative_prompt for loss in built.values()}
-    embed(prior, prompts, [prompt for prompt in negative if prompt is not None])
-    named = distances()  # by name
-    made_with = {
-        "settings": asdict(settings),
-        "prior": {
-            name: _resolved(value) if name == "pretrained" else value
-            for name, value in prior.identity.items()
-        },
-        "clip": _resolved(clip),
-        "distances": [*named],
-        "size": size,
-        "seed": seed,
-        "edits": [asdict(each) | {"image": _file_digest(each.image)} for each in edits],
-        "correctors": correctors,
-    }
-    results = _go_on(out, made_with)
-    write_text(out / RECORD, record)
-    measure = _Measure(clip, device, edits, sources, named)
-    results["distance_name"] = measure.name
-    results["source"] = measure.source_score()
-
-    def todo(label: str, scale: float) -> Sequence[int]:
-        done = results["results"].setdefault(label, {}).setdefault(f"{scale:g}", {})
-        return [i for i in range(len(edits)) if str(i) not in done]
-
-    runs = [(spec, scale, todo(spec.label, scale)) for spec in specs for scale in scales]
-    progress = Progress(settings.steps * sum(len(left) for *_, left in runs))
-
-    def run(spec: Spec, scale: float, rows: Sequence[int]) -> None:
-        loss = built[spec.label, scale]
-        if loss.learns:  # what it learned of other edits is not for these
-            loss = _build(spec, corrector, scale)
-        job = _edits_job(prior, loss, edits, sources, rows, seed, settings)
-        before = progress.done
-        images = optimize(
-            Pixels(sources[rows]),
-            **job.arguments(),
-            device=device,
-            watch=lambda done: progress.steps_done(before + done * len(rows)),
-        )
-        images = images.float().cpu().clamp(-1, 1)
-        for row, picture, figures in zip(rows, images, measure(images, rows), strict=True):
-            save_image(picture, _picture(out, spec, scale, row))
-            results["results"][spec.label][f"{scale:g}"][str(row)] = figures
-        write_json(out / RESULTS, results)
-        print(f"{spec.label} at {scale:g}: {len(rows)} edits done", flush=True)
-
-    failed: dict[str, str] = {}
-    for spec, scale, left in runs:
-        name, end = f"{spec.label} at {scale:g}", progress.done + settings.steps * len(left)
-        try:
-            for at in range(0, len(left), batch_size):
-                run(spec, scale, left[at : at + batch_size])
-        except (ValueError, FloatingPointError, RuntimeError, TypeError) as error:
-            memory = isinstance(error, torch.OutOfMemoryError)
-            failed[name] = OUT_OF_MEMORY if memory else f"{type(error).__name__}: {error}"
-            print(f"{name} failed: {failed[name]}", flush=True)
-            progress.total -= end - progress.done
-    done_here = {f"{spec.label} at {scale:g}" for spec, scale, _ in runs}
-    others = {n: why for n, why in results.get("failed", {}).items() if n not in done_here}
-    results["failed"] = others | failed
-    results["means"] = _means(results["results"], len(edits))
-    write_json(out / RESULTS, results)
-    _write_figures(out, specs, scales, statistics_scale, results, sources)
-    print(f"{out}/{RESULTS}, fig5.png and fig6.png: {len(edits)} edits of each loss")
-    if failed:
-        sys.exit(
-            f"lmc: failed: {', '.join(failed)} (why is in {out}/{RESULTS}); "
-            "the same command tries them again"
-        )
-
-
-def read_list(file: Path) -> list[Edit]:
-    """The edits in a JSON-lines file; an image's path is taken from the file's own folder.
-
-    Raises:
-        FileNotFoundError: the file, or an image it names, is missing.
-        ValueError: a line is no edit, or there is none.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    edits = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
-        texts = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-        if not texts or set(found) != EDIT_KEYS:
-            raise ValueError(
-                f"{file}, line {number}: an edit has image, source_prompt and prompt, all texts"
-            )
-        image = file.parent / found["image"]
-        if not image.is_file():
-            raise FileNotFoundError(f"{file}, line {number}: no such image: {image}")
-        edits.append(Edit(str(image), found["source_prompt"], found["prompt"]))
-    if not edits:
-        raise ValueError(f"{file} holds no edits")
-    return edits
-
-
-def _build(spec: Spec, corrector: str | None, scale: float) -> ScoreDistillation:
-    """The loss of a spec at a guidance scale, not rescaled."""
-    for option in ("guidance_scale", "rescale"):
-        if option in spec.options:
-            raise ValueError(f"{spec.label!r}: {option} is not a loss's own here")
-    more: dict[str, Any] = {"guidance_scale": scale, "rescale": False}
-    takes = inspect.signature(pkgutil.resolve_name(spec.class_path)).parameters.get("corrector")
-    if takes is not None and "corrector" not in spec.options:
-        if corrector is not None:
-            more["corrector"] = corrector
-        elif takes.default is inspect.Parameter.empty:
-            raise ValueError(f"the loss {spec.label!r} needs a corrector: --corrector FOLDER")
-    try:
-        return spec.build(**more)
-    except TypeError as error:
-        raise ValueError(f"the loss {spec.label!r}: {error}") from error
-
-
-def _resolved(pretrained: str) -> str:
-    """A folder by its absolute path; a hub id as it is."""
-    return str(Path(pretrained).resolve()) if Path(pretrained).exists() else pretrained
-
-
-def _file_digest(file: str) -> str:
-    """SHA-256 of a file's content."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def _corrector_digest(loss: ScoreDistillation) -> str | None:
-    """SHA-256 of the kind, statistics and weights of the loss's corrector, if it has one."""
-    corrector = getattr(loss, "corrector", None)
-    if not isinstance(corrector, BiasCorrector):
-        return None
-    digest = hashlib.sha256(f"{type(corrector).__name__} {corrector.statistics}".encode())
-    for name, value in sorted(corrector.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _edits_job(
-    prior: Prior,
-    loss: ScoreDistillation,
-    edits: Sequence[Edit],
-    sources: Tensor,
-    rows: Sequence[int],
-    seed: int,
-    settings: Synthesis,
-) -> _Job:
-    return _Job(
-        prior,
-        loss,
-        [edits[i].prompt for i in rows],
-        [seed + i for i in rows],
-        settings,
-        sources[rows],
-        [edits[i].source_prompt for i in rows],
-    )
-
-
-def _go_on(out: Path, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The results so far in `out`; or a ValueError where they were made with something else.
-
-    Where nothing was measured yet, as by a command that failed, anything may begin.
-    """
-    made_with = json.loads(json.dumps(made_with))
-    fresh = {"made_with": made_with, "results": {}}
-    file = out / RESULTS
-    if not file.exists():
-        own = {RECORD, "images"} if (out / RECORD).is_file() else set()
-        if out.exists() and (not out.is_dir() or {each.name for each in out.iterdir()} - own):
-            raise ValueError(f"{out} holds something else: name another folder")
-        return fresh
-    there = json.loads(file.read_text())
-    before = there.get("made_with")
-    if before is None:
-        raise ValueError(f"{out} holds something else: name another folder")
-    measured = {label for label, scales in there["results"].items() if any(scales.values())}
-    if not measured:
-        return fresh
-    other = [name for name in made_with if before.get(name) != made_with[name]]
-    if "correctors" in other:
-        # One for each loss; that of a loss without a result is of no matter.
-        known, now = before.get("correctors", {}), made_with["correctors"]
-        other.remove("correctors")
-        other += [
-            f"the corrector of {label}"
-            for label in now
-            if label in measured and known.get(label) != now[label]
-        ]
-        before["correctors"] = known | now
-    if other:
-        raise ValueError(
-            f"{out} holds edits made with something else ({', '.join(other)}): name another folder"
-        )
-    return there
-
-
-class _Measure:
-    """Distance to the source and CLIP score of results, by number."""
-
-    def __init__(
-        self,
-        clip: str,
-        device: str,
-        edits: Sequence[Edit],
-        sources: Tensor,
-        distances: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-    ) -> None:
-        from lmc.evaluate import Clip
-
-        self.clip, self.device, self.sources = Clip(clip, device), device, sources
-        self.texts = self.clip.texts([each.prompt for each in edits])
-        self.distances = distances
-        self.name = next(iter(self.distances))
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, rows: Sequence[int]) -> list[dict[str, float]]:
-        from lmc.evaluate import clip_score
-
-        images, sources = images.to(self.device), self.sources[rows].to(self.device)
-        columns = {"clip_score": clip_score(self.clip.images(images), self.texts[rows])}
-        columns |= {name: measure(images, sources) for name, measure in self.distances.items()}
-        lists = {name: values.tolist() for name, values in columns.items()}
-        return [
-            {"distance": lists[self.name][i], **{name: lists[name][i] for name in lists}}
-            for i in range(len(rows))
-        ]
-
-    def source_score(self) -> float:
-        """Mean CLIP score of the untouched sources with the target prompts."""
-        each = [self(image[None], [i]) for i, image in enumerate(self.sources)]
-        return sum(row["clip_score"] for (row,) in each) / len(each)
-
-
-def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
-    """Means over all edits, by loss and guidance scale."""
-    return {
-        label: {
-            scale: {
-                name: sum(row[name] for row in rows.values()) / len(rows)
-                for name in next(iter(rows.values()))
-            }
-            for scale, rows in scales.items()
-            if len(rows) == edits  # fewer where it failed or was stopped
-        }
-        for label, scales in results.items()
-    }
-
-
-def _write_figures(
-    out: Path,
-    specs: Sequence[Spec],
-    scales: Sequence[float],
-    statistics_scale: float,
-    results: Mapping[str, Any],
-    sources: Tensor,
-) -> None:
-    """fig5.png and fig6.png of what `results` and the PNGs say, without what failed."""
-    from lmc.evaluate import derivative_histogram, power_spectrum
-    from lmc.figures import curves_figure, statistics_figure
-
-    means = results["means"]
-    curves = {
-        spec.label: [
-            (mean["clip_score"], mean["distance"], f"{scale:g}")
-            for scale in scales
-            if (mean := means[spec.label].get(f"{scale:g}"))
-        ]
-        for spec in specs
-    }
-    curves["source"] = [(results["source"], 0.0, "")]
-    name = f"{results['distance_name']} to source"
-    figure = curves_figure(curves, "CLIP score", name)
-    _replace(out / "fig5.png", figure.savefig, "png")
-    pictures = {"source": sources}
-    for spec in specs:
-        if f"{statistics_scale:g}" not in means[spec.label]:
-            continue
-        files = [_picture(out, spec, statistics_scale, i) for i in range(len(sources))]
-        pictures[spec.label] = torch.stack([read_image(file) for file in files])
-    figure = statistics_figure(
-        {label: power_spectrum(images).mean(0) for label, images in pictures.items()},
-        {label: derivative_histogram(images) for label, images in pictures.items()},
-    )
-    _replace(out / "fig6.png", figure.savefig, "png")
-
-
-def _picture(out: Path, spec: Spec, scale: float, row: int) -> Path:
-    return out / "images" / spec.folder() / f"{scale:g}" / f"{row:04d}.png"
-
-
-# ---------------------------------------------------------------------------------------------
-# The gradients of one image
 
 
 def gradients(
@@ -667,7 +277,7 @@ def gradients(
     """
     from lmc.figures import gradients_figure
 
-    times = _numbers(t, "t", float)
+    times = parse_numbers(t, "t", float)
     for time in times:
         if not 0 < time < 1:
             raise ValueError(f"t must be in (0, 1), got {time:g}")
@@ -694,92 +304,8 @@ def gradients(
             names = ("z", "z_t", "ẑ_t", "b(z, t)", "g_cond", "g_proj", "g_lmc")
             images = [*shown, *(gradient[:3] for gradient in moved)]
             rows[f"t = {time:g}"] = dict(zip(names, images, strict=True))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _replace(out, gradients_figure(rows, names[:4]).savefig, "png", dpi=150)
+    save_whole(out, gradients_figure(rows, names[:4]).savefig, "png", dpi=150)
     print(f"{out}: a row for each t; under each gradient the scale it is shown at")
-
-
-# ---------------------------------------------------------------------------------------------
-# What the commands share
-
-
-class Progress:
-    """A line every few seconds: steps, steps a second, time left.
-
-    Args:
-        total: steps to be done.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.began = self.last = clock.monotonic()
-
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return clock.monotonic() - self.began
-
-    def steps_done(self, done: int) -> None:
-        """Say how far it is, if there was no line for a while.
-
-        Args:
-            done: steps so far, in all.
-        """
-        self.done = done
-        now = clock.monotonic()
-        if now - self.last < SECONDS and done < self.total:
-            return
-        self.last = now
-        speed = done / max(self.seconds(), 1e-9)
-        left = timedelta(seconds=round((self.total - done) / speed))
-        print(f"step {done}/{self.total}  {speed:.1f} steps/s  {left} left", flush=True)
-
-
-def read_image(file: Path) -> Tensor:
-    """An image file as float32 (3, H, W) in [-1, 1].
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it cannot be read.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"no such image: {file}")
-    return decode_image(file.read_bytes(), str(file))
-
-
-def save_image(image: Tensor, file: Path) -> None:
-    """Write (3, H, W) in [-1, 1] as a PNG, atomically; makes its folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(to_uint8(image).cpu().permute(1, 2, 0).numpy())
-    _replace(file, picture.save, "png")
-
-
-def check_out(out: Path, record: str) -> None:
-    """Refuse a folder that is not free for the result of some settings.
-
-    Settings without a result are those of a command that failed, and are no obstacle.
-
-    Args:
-        out: the folder.
-        record: the settings, as they are kept there.
-
-    Raises:
-        ValueError: it holds something that was not made with these settings.
-    """
-    there = out / RECORD
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not there.is_file():
-            raise ValueError(f"{out} holds something else: name another folder")
-        has_result = (out / RESULTS).exists() or any(out.rglob("*.png"))
-        if has_result and there.read_text() != record:
-            raise ValueError(
-                f"{out} holds another result (see {there}): name another folder, or delete it"
-            )
-
-
-def _replace(file: Path, save: Callable[..., Any], format: str, **options: Any) -> None:
-    """Let `save` write a file under another name first."""
-    with whole(file) as partial:
-        save(partial, format=format, **options)
 
 
 def _thumbnail(images: Tensor) -> Tensor:
@@ -862,24 +388,3 @@ def _has_list(args: Sequence[str]) -> bool:
         except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError):
             pass  # no such file, or no configuration: the full parser says it
     return False
-
-
-def _numbers(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Comma-separated numbers, each once.
-
-    Args:
-        text: such as '0,1,2'.
-        option: that they are of, for messages.
-        kind: int or float.
-
-    Raises:
-        ValueError: not numbers, or one that comes twice.
-    """
-    try:
-        numbers = [kind(part) for part in str(text).split(",")]
-    except ValueError:
-        raise ValueError(f"{option} must be numbers with commas, got {text!r}") from None
-    for number in numbers:
-        if numbers.count(number) > 1:
-            raise ValueError(f"{option}: {number} comes twice")
-    return numbers

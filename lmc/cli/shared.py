@@ -1,0 +1,150 @@
+"""What `lmc synthesize`, `edit` and `dreamsampler` share: pictures, progress, numbers, folders."""
+
+import time as clock
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from lmc.files import whole
+from lmc.images import decode_image, to_uint8
+from lmc.losses import ScoreDistillation
+from lmc.optimize import Synthesis
+from lmc.priors import Prior
+
+SECONDS = 5.0  # between two lines of progress
+RECORD, RESULTS = "settings.yaml", "results.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `lmc.optimize.optimize` and `check_task` take after the renderer; B images.
+
+    Attributes:
+        prior, loss, settings: see `optimize`.
+        prompts, seeds: B each.
+        source: float (B, 3, H, W) in [-1, 1], or None.
+        source_prompts: B, or None.
+    """
+
+    prior: Prior
+    loss: ScoreDistillation
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    settings: Synthesis
+    source: Tensor | None
+    source_prompts: Sequence[str] | None
+
+    def arguments(self) -> dict[str, Any]:
+        """All of it, by the names of those functions' arguments."""
+        return dict(vars(self))
+
+
+class Progress:
+    """A line every few seconds: steps, steps a second, time left.
+
+    Args:
+        total: steps to be done.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.began = self.last = clock.monotonic()
+
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return clock.monotonic() - self.began
+
+    def steps_done(self, done: int) -> None:
+        """Say how far it is, if there was no line for a while.
+
+        Args:
+            done: steps so far, in all.
+        """
+        self.done = done
+        now = clock.monotonic()
+        if now - self.last < SECONDS and done < self.total:
+            return
+        self.last = now
+        speed = done / max(self.seconds(), 1e-9)
+        left = timedelta(seconds=round((self.total - done) / speed))
+        print(f"step {done}/{self.total}  {speed:.1f} steps/s  {left} left", flush=True)
+
+
+def read_image(file: Path) -> Tensor:
+    """An image file as float32 (3, H, W) in [-1, 1].
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no such image: {file}")
+    return decode_image(file.read_bytes(), str(file))
+
+
+def save_image(image: Tensor, file: Path) -> None:
+    """Write (3, H, W), about [-1, 1], as a PNG, whole or not at all; makes its folder."""
+    picture = Image.fromarray(to_uint8(image).cpu().permute(1, 2, 0).numpy())
+    save_whole(file, picture.save, "png")
+
+
+def save_whole(file: Path, save: Callable[..., Any], format: str, **options: Any) -> None:
+    """Let a library write a file, whole or not at all; makes its folder.
+
+    Args:
+        file: what is to be there in the end.
+        save: writes a file of a name, as PIL's `save` and matplotlib's `savefig` do.
+        format: of the file, since the name it is written under first does not say.
+        options: further ones of `save`.
+    """
+    with whole(file) as partial:
+        save(partial, format=format, **options)
+
+
+def check_out(out: Path, record: str) -> None:
+    """Refuse a folder that is not free for the result of some settings.
+
+    Settings without a result are those of a command that failed, and are no obstacle.
+
+    Args:
+        out: the folder.
+        record: the settings, as they are kept there.
+
+    Raises:
+        ValueError: it holds something that was not made with these settings.
+    """
+    there = out / RECORD
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not there.is_file():
+            raise ValueError(f"{out} holds something else: name another folder")
+        has_result = (out / RESULTS).exists() or any(out.rglob("*.png"))
+        if has_result and there.read_text() != record:
+            raise ValueError(
+                f"{out} holds another result (see {there}): name another folder, or delete it"
+            )
+
+
+def parse_numbers(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Comma-separated numbers, each once.
+
+    Args:
+        text: such as '0,1,2'.
+        option: that they are of, for messages.
+        kind: int or float.
+
+    Raises:
+        ValueError: not numbers, or one that comes twice.
+    """
+    try:
+        numbers = [kind(part) for part in str(text).split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas, got {text!r}") from None
+    for number in numbers:
+        if numbers.count(number) > 1:
+            raise ValueError(f"{option}: {number} comes twice")
+    return numbers
