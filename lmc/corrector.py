@@ -12,16 +12,15 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
+from lmc.hub import HubNetwork, load_released
 from lmc.schedule import TIME_RANGE
 from lmc.triplets import Triplets
 from lmc.unet import (
     ENCODING,
-    HubNetwork,
     Norm,
     UNet,
     concatenate_condition,
     frequency_encoding,
-    load_released,
 )
 
 Statistics = Literal["image", "channel", "none"]

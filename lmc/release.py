@@ -16,8 +16,8 @@ import torch
 
 from lmc import __version__
 from lmc.corrector import CORRECTORS, Corrector, FilterCorrector
+from lmc.hub import load_released
 from lmc.translator import Translator
-from lmc.unet import load_released
 
 Network = Corrector | FilterCorrector | Translator
 KINDS: dict[str, type[Network]] = {"Corrector": Corrector, "Translator": Translator}

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lmc.unet import ENCODING, HubNetwork, Norm, UNet, concatenate_condition, frequency_encoding
+from lmc.hub import HubNetwork
+from lmc.unet import ENCODING, Norm, UNet, concatenate_condition, frequency_encoding
 
 
 class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):

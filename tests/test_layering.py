@@ -13,6 +13,7 @@ ORDER = (
     "priors",
     "images",
     "triplets",
+    "hub",
     "unet",
     "corrector",
     "losses",
