@@ -16,10 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lmc.training.about import About
 from lmc.training.base import TrainingModule
 
-PROGRESS = (
-    *("train/loss", "train/l2", "heldout/loss"),
-    *("heldout/spectrum_error", "heldout/r_precision"),
-)
+SHOWN = ("train/loss", "train/l2", "heldout/loss", "heldout/spectrum_error", "heldout/r_precision")
 
 
 class Progress(Callback):
@@ -64,7 +61,7 @@ class Progress(Callback):
         losses = "  ".join(
             f"{name.removeprefix('train/')} {value:.4f}"
             for name, value in trainer.callback_metrics.items()
-            if name in PROGRESS
+            if name in SHOWN
         )
         print(
             f"step {step}/{trainer.max_steps}  {losses}  {speed * self.batch:.1f} images/s  "
@@ -148,17 +145,16 @@ class SaveBest(Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the figures of best.ckpt itself.
+        """Go on with the best so far: that of best.ckpt itself.
 
-        It may be newer than the checkpoint the run goes on from, or gone.
+        It may be newer than `state_dict`, which is of the checkpoint the run goes on from; where it
+        is gone or broken, the next one takes its place.
         """
-        self.best = None
-        if self.path.exists():
-            try:
-                there = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-                self.best = there["callbacks"][self.state_key]["best"]
-            except (UnpicklingError, RuntimeError, EOFError, KeyError):
-                self.best = state_dict["best"]
+        try:
+            there = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            self.best = there["callbacks"][self.state_key]["best"]
+        except (FileNotFoundError, UnpicklingError, RuntimeError, EOFError, KeyError):
+            self.best = None
 
 
 class CheckFinite(Callback):
