@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -190,20 +189,13 @@ def show(module: LightningModule, tag: str, name: str, picture: Any) -> None:
         module: what is trained; its step is in the file's name.
         tag: in TensorBoard.
         name: of the file.
-        picture: a PIL image or a matplotlib figure.
+        picture: a PIL image.
     """
     if not module.trainer.is_global_zero:
         return
     writer, step = tensorboard(module), module.global_step
     file = Path(module.trainer.default_root_dir) / "validation" / f"{name}_{step:06d}.png"
     with whole(file) as partial:
-        if isinstance(picture, Image.Image):
-            picture.save(partial, "png")
-        else:
-            picture.savefig(partial, format="png")
-    if writer is None:
-        return
-    if isinstance(picture, Image.Image):
+        picture.save(partial, "png")
+    if writer is not None:
         writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
-    else:
-        writer.add_figure(tag, picture, step)

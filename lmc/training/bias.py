@@ -16,7 +16,7 @@ from lmc.corrector import (
     load_corrector,
 )
 from lmc.evaluate import CorrectorErrors, power_spectrum
-from lmc.figures import labelled_grid, spectra_figure
+from lmc.figures import drawn, labelled_grid, spectra_figure
 from lmc.images import ImageBatch, resize
 from lmc.priors import Prior
 from lmc.schedule import TIME_RANGE, check_time_range
@@ -168,7 +168,7 @@ class CorrectorTraining(TrainingModule):
                 f"t = {t:.2f}": [power_spectrum(part[i : i + 1])[0] for part in (x.z, x.z_hat, b)]
                 for i, t in ((int(i), float(x.t[i])) for i in order[::3])
             }
-            show(self, "power spectra by t", "spectra", spectra_figure(spectra, names))
+            show(self, "power spectra by t", "spectra", drawn(spectra_figure(spectra, names)))
 
     def on_validation_epoch_end(self) -> None:
         """Log the errors over all held-out images of all processes."""
