@@ -47,7 +47,7 @@ from lmc.metrics import r_precision as r_precision
 from lmc.metrics import spectrum_error as spectrum_error
 from lmc.priors import Prior
 from lmc.results import Measured, check_keys, merge, pixel_digest, result
-from lmc.schedule import TIME_RANGE
+from lmc.schedule import TIME_RANGE, time_bin
 from lmc.translator import Translator
 from lmc.triplets import triplets_of
 
@@ -65,25 +65,51 @@ class CorrectorErrors(Metric):
     """L_k of a corrector, of the identity b = z, and of b̂ = z in the normalised space of Eq. 10.
 
     Means over images, and over processes.
+
+    Args:
+        bins: of t, each of whose means is wanted too; 0 is none.
+        others: names of the errors of further correctors.
     """
 
     full_state_update = False
 
-    def __init__(self) -> None:
+    def __init__(self, bins: int = 0, others: Sequence[str] = ()) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.bins = bins
+        self.names = ("loss", "identity_loss", "normalised_identity_loss", *others)
+        # By bin: the sum of each error, and how many images there were.
+        sums = torch.zeros(max(1, bins), len(self.names) + 1, dtype=torch.float64)
+        self.add_state("sums", sums, dist_reduce_fx="sum")
         self.sums: Tensor
 
-    def update(self, z: Tensor, z_hat: Tensor, b: Tensor) -> None:
-        """Add a batch; each (B, C, H, W)."""
-        errors = [corrector_loss(x, z_hat).sum() for x in (b, z, normalise(z, z_hat))]
-        count = torch.tensor(float(len(z)), device=z.device)
-        self.sums += torch.stack([*errors, count]).double().to(self.sums.device)
+    def update(self, z: Tensor, z_hat: Tensor, *b: Tensor, t: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            z, z_hat: (B, C, H, W).
+            b: of the corrector, then of the others, each (B, C, H, W).
+            t: (B,); not needed without bins.
+        """
+        errors = [corrector_loss(x, z_hat) for x in (b[0], z, normalise(z, z_hat), *b[1:])]
+        rows = torch.stack([*errors, torch.ones_like(errors[0])], 1).double()
+        index = torch.zeros(len(z), dtype=torch.long)
+        if self.bins:
+            assert t is not None
+            index = time_bin(t, self.bins)
+        self.sums.index_add_(0, index.to(self.sums.device), rows.to(self.sums.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """'loss', 'identity_loss' and 'normalised_identity_loss'."""
-        names = ("loss", "identity_loss", "normalised_identity_loss")
-        return dict(zip(names, (self.sums[:3] / self.sums[3]).float(), strict=True))
+        """'loss', 'identity_loss', 'normalised_identity_loss' and the others.
+
+        With bins, also 'loss/t0.2' and so on, for each bin that any image was in.
+        """
+        whole = self.sums.sum(0)
+        found = dict(zip(self.names, (whole[:-1] / whole[-1]).float(), strict=True))
+        for i, row in enumerate(self.sums if self.bins else []):
+            if row[-1]:
+                names = [f"{name}/t{i / self.bins:.1f}" for name in self.names]
+                found |= zip(names, (row[:-1] / row[-1]).float(), strict=True)
+        return found
 
 
 @torch.no_grad()
@@ -316,7 +342,7 @@ def heldout_keys(batches: Iterable[ImageBatch]) -> tuple[list[str], list[str]]:
 
 
 @torch.no_grad()
-def _measure(
+def measure_batch(
     name: str,
     outputs: Outputs | None,
     batch: ImageBatch,
@@ -325,7 +351,20 @@ def _measure(
     texts: Tensor | None,
     device: torch.device | str,
 ) -> Measured:
-    """A batch through a translator, measured; None is the sources themselves."""
+    """A batch through a translator, measured.
+
+    Args:
+        name: of the row, for errors.
+        outputs: None is the sources themselves.
+        batch: of at least one image, on any device.
+        tools: what measures, on `device`.
+        prompts: of the classes, and those that compete.
+        texts: CLIP's embeddings of the candidates, (P, D); None leaves CLIP's measures out.
+        device: where to compute.
+
+    Raises:
+        ValueError: an output is not finite, or not of its source's size.
+    """
     source = batch.image.to(device)
     columns = []
     seen = None if outputs is not None else _observe(source, source, tools, texts)
@@ -352,7 +391,7 @@ def _measure(
     }
     return Measured(
         list(batch.key),
-        [pixel_digest(x) for x in to_uint8(batch.image).numpy()],
+        [pixel_digest(x) for x in to_uint8(batch.image).cpu().numpy()],
         spectra=arrays.pop("spectra"),
         counts=arrays.pop("counts"),
         winners=arrays.pop("winners", None),
@@ -390,7 +429,7 @@ def _check_output(row: str, made: Tensor, source: Tensor, keys: Sequence[str], t
         raise ValueError(f"{row}: the output for {key} to {target!r} is not finite")
 
 
-def _from_all_processes(mine: T) -> list[T]:
+def from_all_processes(mine: T) -> list[T]:
     """What every process has, in the order of their ranks."""
     if not distributed.is_available() or not distributed.is_initialized():
         return [mine]
@@ -427,7 +466,7 @@ def real_features(
             for label, key, feature in zip(batch.label, batch.key, features, strict=True)
             if label in classes
         ]
-    every = sorted(itertools.chain.from_iterable(_from_all_processes(mine)), key=lambda x: x[:2])
+    every = sorted(itertools.chain.from_iterable(from_all_processes(mine)), key=lambda x: x[:2])
     found = {name: [x for label, _, x in every if label == name] for name in classes}
     for name, several in found.items():
         if len(several) < 2:
@@ -480,12 +519,12 @@ def evaluate(
         for batch in read():
             skipped += batch.skipped
             if len(batch.image):  # not so where only broken samples were left for the last batch
-                parts.append(_measure(name, outputs, batch, tools, prompts, texts, device))
+                parts.append(measure_batch(name, outputs, batch, tools, prompts, texts, device))
                 done += len(batch.image)
             watch(name, done)
-        every = itertools.chain.from_iterable(_from_all_processes(parts))
+        every = itertools.chain.from_iterable(from_all_processes(parts))
         measured[name] = merge(list(every))
-        excluded = sorted(itertools.chain.from_iterable(_from_all_processes(skipped)))
+        excluded = sorted(itertools.chain.from_iterable(from_all_processes(skipped)))
     settings = {
         "classes": prompts.classes,
         "prompts": dict(prompts.targets),

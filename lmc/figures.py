@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -67,6 +68,16 @@ def spectra_figure(spectra: Mapping[str, Sequence[Tensor]], names: Sequence[str]
         axes.set(title=title, xlabel="cycles per image", ylabel="power")
         axes.legend()
     return figure
+
+
+def drawn(figure: Any) -> Any:
+    """A matplotlib figure as a PIL image, of as many pixels as `savefig` would give it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def curves_figure(

@@ -7,6 +7,7 @@ KEY.json with at least {"label": the class}.
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -157,6 +158,7 @@ class ShardStream(IterableDataset):
         seed: of the order.
         shuffle: samples in the shuffle buffer.
         rank, world_size: of this process.
+        limit: of a single pass, how many samples of the shards it is over; None is all.
 
     Raises:
         FileNotFoundError, ValueError: see `expand_shards`.
@@ -173,9 +175,10 @@ class ShardStream(IterableDataset):
         shuffle: int = 1000,
         rank: int = 0,
         world_size: int = 1,
+        limit: int | None = None,
     ) -> None:
         self.urls = expand_shards(shards)
-        self.batch_size, self.training = batch_size, training
+        self.batch_size, self.training, self.limit = batch_size, training, limit
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
         self.batches_read = 0
         self.positions: dict[int, tuple[int, int]] = {}
@@ -225,7 +228,8 @@ class ShardStream(IterableDataset):
             worker = (worker + self.batches_read) % workers
             return self._batches(self._endless(worker))
         part, parts = self.rank * workers + worker, self.world_size * workers
-        samples = (s for i, s in enumerate(self.samples(self.urls)) if i % parts == part)
+        every = itertools.islice(self.samples(self.urls), self.limit)
+        samples = (s for i, s in enumerate(every) if i % parts == part)
         return self._batches((sample, (worker, 0, 0)) for sample in samples)
 
     def _endless(self, worker: int) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
@@ -285,7 +289,7 @@ class ImageStream(ShardStream):
     """Batches of images, see `ShardStream`.
 
     Args:
-        shards, batch_size, training, seed, shuffle, rank, world_size: see `ShardStream`.
+        shards, batch_size, training, seed, shuffle, rank, world_size, limit: see `ShardStream`.
         image_size: the side in pixels that every image must have.
 
     Raises:
@@ -305,8 +309,9 @@ class ImageStream(ShardStream):
         shuffle: int = 1000,
         rank: int = 0,
         world_size: int = 1,
+        limit: int | None = None,
     ) -> None:
-        super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size)
+        super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size, limit)
         self.image_size = image_size
 
     def _collate(

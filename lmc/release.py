@@ -23,17 +23,27 @@ Network = Corrector | FilterCorrector | Translator
 KINDS: dict[str, type[Network]] = {"Corrector": Corrector, "Translator": Translator}
 
 
-def load_averaged(checkpoint: Path) -> tuple[Network, int]:
+def load_averaged(checkpoint: Path, best: bool = False) -> tuple[Network, int]:
     """The network in a training checkpoint, with its averaged weights, and the step it is from.
 
     Args:
         checkpoint: last.ckpt, or the run folder that holds checkpoints/last.ckpt.
+        best: of a run folder, checkpoints/best.ckpt in its place.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no checkpoint of this library.
+        ValueError: it is no checkpoint of this library, or a file where the best of a run folder is
+            asked for.
     """
-    file = checkpoint / "checkpoints" / "last.ckpt" if checkpoint.is_dir() else checkpoint
+    if best and checkpoint.is_file():
+        raise ValueError(f"{checkpoint} is a checkpoint: name the run folder to have its best one")
+    name = "best.ckpt" if best else "last.ckpt"
+    file = checkpoint / "checkpoints" / name if best or checkpoint.is_dir() else checkpoint
+    if best and not file.exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {file}: train_translator.py keeps one where model.validation.clip "
+            "names a CLIP, from its first look at the held-out images on"
+        )
     if not file.exists():
         raise FileNotFoundError(f"no checkpoint at {file}: train first")
     try:
@@ -81,6 +91,7 @@ def release(
     out: Path,
     results: Mapping[str, Any] | None = None,
     picture: Path | None = None,
+    best: bool = False,
 ) -> None:
     """Write model.safetensors, config.json and README.md (the card) into `out`.
 
@@ -89,14 +100,16 @@ def release(
         out: folder to write; a release that is there is replaced.
         results: what was measured of it, for the card: names and numbers.
         picture: a PNG to show on the card.
+        best: see `load_averaged`.
 
     Raises:
         FileNotFoundError, ValueError: see `load_averaged`.
         ValueError: `out` is there and is something else than a release.
     """
     check_out(out)
-    network, step = load_averaged(checkpoint)
-    write_release(network, out, f"{step} steps; averaged weights", results, picture)
+    network, step = load_averaged(checkpoint, best)
+    which = ", the best of the run by held-out R-Precision" if best else ""
+    write_release(network, out, f"{step} steps{which}; averaged weights", results, picture)
 
 
 def write_release(

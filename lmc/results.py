@@ -22,6 +22,7 @@ from lmc.metrics import Array, fid, interval, kid, kid_subset_size, resampling, 
 
 FORMAT, VERSION = "lmc evaluation", 1
 DISTANCES = ("lpips", "rmse", "one_minus_ssim")
+LIBRARIES = ("torch", "torchvision", "transformers", "lpips", "torchmetrics", "torch-fidelity")
 COMPARABLE = ("classes", "prompts", "candidates", "clip", "distance")  # settings that must agree
 
 
@@ -128,6 +129,13 @@ def statistics(measured: Measured, weights: Array) -> dict[str, Array]:
     return {**found, "spectrum_error": spectrum_error(spectra, source).numpy()}
 
 
+def overall(measured: Measured) -> dict[str, float]:
+    """Every measure over all images and classes, as a result's summary has it."""
+    count = len(measured.keys)
+    once = statistics(measured, np.full((1, count), 1 / count))
+    return {name: float(each[0, 0]) for name, each in once.items()}
+
+
 def averages(values: Array, weights: Array) -> Array:
     """(N, C, …) under weights (R, N): (R, 1 + C, …), over all classes and of each."""
     each = (weights @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
@@ -224,7 +232,7 @@ def result(
     found: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "settings": {**settings, "resamples": len(weights), "versions": _versions()},
+        "settings": {**settings, "resamples": len(weights), "versions": versions(LIBRARIES)},
         "heldout": {
             "digest": first.digest(),
             "count": len(first.keys),
@@ -293,8 +301,8 @@ def short(values: Array) -> list[float]:
     return [float(f"{x:.6g}") for x in values.tolist()]
 
 
-def _versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "transformers", "lpips", "torchmetrics", "torch-fidelity")
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """The version of this library and of those of `names` that are installed."""
     found = {"lmc": __version__}
     for name in names:
         try:

@@ -97,6 +97,11 @@ def check_time_range(time_range: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
+def time_bin(t: Tensor, bins: int) -> Tensor:
+    """Which of `bins` equal parts of [0, 1] each of t (B,) is in: int64 (B,)."""
+    return (t * bins).long().clamp(0, bins - 1)
+
+
 class TimeSchedule(ABC):
     """How a run draws t.
 

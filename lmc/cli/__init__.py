@@ -61,7 +61,7 @@ def release(args: argparse.Namespace) -> None:
         if args.row not in rows:
             raise ValueError(f"{args.results} has no row {args.row!r}; it has {', '.join(rows)}")
         results = numbers(rows[args.row]) if "rows" in results else rows[args.row]
-    write(args.run, args.out, results, args.picture)
+    write(args.run, args.out, results, args.picture, args.best)
     print(f"released to {args.out}")
 
 
@@ -218,6 +218,11 @@ def parser() -> argparse.ArgumentParser:
     three.set_defaults(run_command=release)
     three.add_argument("run", type=Path, metavar="RUN", help="run folder, or a last.ckpt")
     three.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    three.add_argument(
+        "--best",
+        action="store_true",
+        help="its checkpoints/best.ckpt, by held-out R-Precision, in place of last.ckpt",
+    )
     three.add_argument(
         "--results", type=Path, metavar="FILE", help="lmc evaluate's JSON, for the card"
     )

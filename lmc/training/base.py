@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lmc.files import whole
+from lmc.schedule import time_bin
 
 TIME_BINS = 5  # what is logged by t is logged for t in [0, 0.2), [0.2, 0.4), …
 
@@ -32,6 +37,10 @@ class TrainingModule(LightningModule):
 
     Attributes:
         paper_batch: the effective batch of the paper, over all processes.
+        best_by: the held-out figures of which the greatest make best.ckpt, ties of the first broken
+            by the next; none keeps no best.ckpt.
+        heldout_images: how many held-out images are looked at, the first in the shards' order;
+            None is all.
 
     Args:
         network: what is trained.
@@ -43,6 +52,12 @@ class TrainingModule(LightningModule):
     """
 
     paper_batch: ClassVar[int]
+    best_by: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def heldout_images(self) -> int | None:
+        """See the class."""
+        return None
 
     def __init__(
         self,
@@ -150,7 +165,7 @@ class TrainingModule(LightningModule):
         """Log per-sample `values` (B,) as means over bins of t (B,), where a bin has any."""
         if not self.trainer._logger_connector.should_update_logs:
             return
-        bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        bins = time_bin(t, TIME_BINS)
         for i in bins.unique().tolist():
             self.log(f"{name}/t{i / TIME_BINS:.1f}", values[bins == i].mean())
 
@@ -165,3 +180,22 @@ def plain(value: Any) -> Any:
 def tensorboard(module: LightningModule) -> Any:
     """The run's TensorBoard writer, or None where there is none (another rank, a test)."""
     return getattr(module.logger, "experiment", None) if module.trainer.is_global_zero else None
+
+
+def show(module: LightningModule, tag: str, name: str, picture: Any) -> None:
+    """A picture into TensorBoard and the run folder, as validation/NAME_000550.png; by one process.
+
+    Args:
+        module: what is trained; its step is in the file's name.
+        tag: in TensorBoard.
+        name: of the file.
+        picture: a PIL image.
+    """
+    if not module.trainer.is_global_zero:
+        return
+    writer, step = tensorboard(module), module.global_step
+    file = Path(module.trainer.default_root_dir) / "validation" / f"{name}_{step:06d}.png"
+    with whole(file) as partial:
+        picture.save(partial, "png")
+    if writer is not None:
+        writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")

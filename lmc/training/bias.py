@@ -1,19 +1,26 @@
 """Stage one: train the corrector b̂_ψ on triplets of a prior [LMC, Sec. 4]."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmc.corrector import Corrector, Statistics, corrector_loss
+from lmc.corrector import (
+    BiasCorrector,
+    Corrector,
+    FilterCorrector,
+    Statistics,
+    corrector_loss,
+    load_corrector,
+)
 from lmc.evaluate import CorrectorErrors, power_spectrum
-from lmc.figures import grid, spectra_figure
+from lmc.figures import drawn, labelled_grid, spectra_figure
 from lmc.images import ImageBatch, resize
 from lmc.priors import Prior
 from lmc.schedule import TIME_RANGE, check_time_range
-from lmc.training.base import StepDecay, TrainingModule, tensorboard
+from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, show
 from lmc.triplets import (
     TripletBatch,
     Triplets,
@@ -40,6 +47,8 @@ class CorrectorTraining(TrainingModule):
         optimizer: learning rate and decay.
         ema_decay: of the running average of the weights; 0 keeps none.
         time_range: t is uniform in it.
+        closed_form: a released closed-form corrector of the same prior (`lmc closed-form`), folder
+            or hub id, whose held-out L_k is logged beside; None is none.
         seed: of t and eps; follows seed_everything.
     """
 
@@ -56,6 +65,7 @@ class CorrectorTraining(TrainingModule):
         optimizer: StepDecay = StepDecay(lr=1e-4, factor=0.9, every=100_000),  # noqa: B008
         ema_decay: float = 0.9999,
         time_range: tuple[float, float] = TIME_RANGE,
+        closed_form: str | None = None,
         seed: int = 0,
     ) -> None:
         if bounded is None:
@@ -65,6 +75,9 @@ class CorrectorTraining(TrainingModule):
         )
         super().__init__(corrector, optimizer, ema_decay, seed)
         self.prior, self.time_range = prior, check_time_range(time_range)
+        self.closed_form = closed_form
+        # By the name of its error. In a dict: it is no part of the module, nor of its state.
+        self.others: dict[str, BiasCorrector] = {}
 
     @property
     def corrector(self) -> Corrector:
@@ -81,13 +94,18 @@ class CorrectorTraining(TrainingModule):
         """Load the prior and the empty prompt's embedding, if some of the data are images.
 
         Raises:
-            ValueError: the data are triplets of another prior, or of another time range.
+            ValueError: the data are triplets of another prior, or of another time range; or see
+                `load_closed_form`.
+            OSError: see `load_closed_form`.
         """
+        device = self.trainer.strategy.root_device
+        if self.closed_form is not None:
+            loaded = load_closed_form(self.closed_form, self.prior.identity)
+            self.others["closed_form_loss"] = loaded.to(device)
         for origin in self._origins():
             if origin is not None:
                 check_origin(origin, self.prior.identity, self.time_range)
         if self._samples_triplets():
-            device = self.trainer.strategy.root_device
             self.null = self.prior.embed([""]).to(device)
             self.prior.to(device)
 
@@ -126,10 +144,10 @@ class CorrectorTraining(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the held-out errors afresh."""
-        self.errors = CorrectorErrors().to(self.device)
+        self.errors = CorrectorErrors(TIME_BINS, tuple(self.others)).to(self.device)
 
     def validation_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> None:
-        """Held-out L_k of the averaged weights, and of the identity beside it."""
+        """Held-out L_k of the averaged weights, beside the identity's and the closed form's."""
         if not batch.key:
             return
         # An image's noise follows from its key: the same every time and however many processes
@@ -137,23 +155,51 @@ class CorrectorTraining(TrainingModule):
         x = self.triplets(batch, *(key_generator(key, self.device) for key in batch.key))
         averaged: Any = self.averaged
         b = averaged.correct(x.z, x.t, x.z_hat)
-        self.errors.update(x.z, x.z_hat, b)
-        writer = tensorboard(self)
-        if batch_idx == 0 and writer is not None:
+        others = [other.correct(x.z, x.t, x.z_hat) for other in self.others.values()]
+        self.errors.update(x.z, x.z_hat, b, *others, t=x.t)
+        if batch_idx == 0 and self.trainer.is_global_zero:
             order = x.t.argsort()[:: max(1, len(x.t) // 8)]
+            names = ("z", "z_hat", "b(z, t)")
             rows = [self.prior.decode(part[order]) for part in (x.z, x.z_hat, b)]
-            writer.add_image("z, z_hat, b(z, t) by t", grid(*rows), self.global_step)
+            times = ", ".join(f"{t:.2f}" for t in x.t[order].tolist())
+            sheet = labelled_grid({f"t = {times}": dict(zip(names, rows, strict=True))})
+            show(self, "z, z_hat, b(z, t) by t", "step", sheet)
             spectra = {
                 f"t = {t:.2f}": [power_spectrum(part[i : i + 1])[0] for part in (x.z, x.z_hat, b)]
                 for i, t in ((int(i), float(x.t[i])) for i in order[::3])
             }
-            figure = spectra_figure(spectra, ("z", "z_hat", "b(z, t)"))
-            writer.add_figure("power spectra by t", figure, self.global_step)
+            show(self, "power spectra by t", "spectra", drawn(spectra_figure(spectra, names)))
 
     def on_validation_epoch_end(self) -> None:
         """Log the errors over all held-out images of all processes."""
         for name, value in self.errors.compute().items():
             self.log(f"heldout/{name}", value, sync_dist=True)  # equal on all already
+
+
+def load_closed_form(pretrained: str, identity: Mapping[str, Any]) -> FilterCorrector:
+    """A released closed-form corrector of a prior.
+
+    Args:
+        pretrained: folder or hub id.
+        identity: `Prior.identity` of the prior it has to be of.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is another kind of corrector, or another prior's.
+    """
+    option = f"model.closed_form {pretrained}"
+    try:
+        corrector = load_corrector(pretrained)
+        corrector.check_prior(identity)
+    except OSError as error:
+        raise OSError(
+            f"{option}: no release there: make one (lmc closed-form --out {pretrained})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+    if not isinstance(corrector, FilterCorrector):
+        raise ValueError(f"{option} is a trained corrector, no release of lmc closed-form")
+    return corrector
 
 
 def key_generator(key: str, device: torch.device) -> torch.Generator:

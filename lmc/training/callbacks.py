@@ -1,17 +1,22 @@
-"""Progress on the terminal, the checkpoint that a stopped run goes on from."""
+"""Progress on the terminal, the checkpoints of a run, and what it was made with."""
 
 import os
 import shutil
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
+from lmc.training.about import About
 from lmc.training.base import TrainingModule
+
+SHOWN = ("train/loss", "train/l2", "heldout/loss", "heldout/spectrum_error", "heldout/r_precision")
 
 
 class Progress(Callback):
@@ -56,7 +61,7 @@ class Progress(Callback):
         losses = "  ".join(
             f"{name.removeprefix('train/')} {value:.4f}"
             for name, value in trainer.callback_metrics.items()
-            if name in ("train/loss", "train/l2", "heldout/loss", "heldout/spectrum_error")
+            if name in SHOWN
         )
         print(
             f"step {step}/{trainer.max_steps}  {losses}  {speed * self.batch:.1f} images/s  "
@@ -66,16 +71,34 @@ class Progress(Callback):
         self.last = now
 
 
+class ValidateAtEnd(Callback):
+    """Has the held-out images looked at after the last step, wherever the interval would end."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Before it stops early, Lightning validates; once only, where it would do so anyway."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
+
 class SaveLast(Callback):
     """Keeps `last.ckpt` in the run folder: every `every` steps and at the end.
 
     Args:
         path: of the checkpoint.
         every: steps between saves.
+        about: told of every save.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every, self.saved = path, every, -1
+    def __init__(self, path: Path, every: int, about: About) -> None:
+        self.path, self.every, self.about, self.saved = path, every, about, -1
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now."""
+        trainer.save_checkpoint(self.path)
+        self.saved = trainer.global_step
+        self.about.update(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,13 +106,55 @@ class SaveLast(Callback):
         """Save, where it is time to."""
         step = trainer.global_step
         if step != self.saved and step % self.every == 0 and step > 0:
-            trainer.save_checkpoint(self.path)
-            self.saved = step
+            self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, unless a non-finite gradient is in it."""
         if trainer.global_step != self.saved and trainer.global_step > 0:
+            self.save(trainer)
+
+
+class SaveBest(Callback):
+    """Keeps `best.ckpt`: of the validation with the greatest `TrainingModule.best_by`.
+
+    Where these figures are not measured there is none.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best: list[float] | None = None  # the figures of best.ckpt
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if this one was the best so far."""
+        assert isinstance(pl_module, TrainingModule)
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        found = [trainer.callback_metrics.get(name) for name in pl_module.best_by]
+        figures = [float(each) for each in found if each is not None]
+        if not fitting or not figures or len(figures) < len(found):
+            return
+        # One process's word: another may not see the file, and would take any for the best.
+        if trainer.strategy.broadcast(self.best is None or figures > self.best):
+            self.best = figures
             trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures of the best so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best so far: that of best.ckpt itself.
+
+        It may be newer than `state_dict`, which is of the checkpoint the run goes on from; where it
+        is gone or broken, the next one takes its place.
+        """
+        try:
+            there = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            self.best = there["callbacks"][self.state_key]["best"]
+        except (FileNotFoundError, UnpicklingError, RuntimeError, EOFError, KeyError):
+            self.best = None
 
 
 class CheckFinite(Callback):

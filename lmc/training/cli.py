@@ -16,13 +16,24 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lmc.training import dry_run, processes
+from lmc.training.about import About
 from lmc.training.base import TrainingModule
-from lmc.training.callbacks import AtomicCheckpointIO, CheckFinite, Progress, SaveLast
+from lmc.training.callbacks import (
+    AtomicCheckpointIO,
+    CheckFinite,
+    Progress,
+    SaveBest,
+    SaveLast,
+    ValidateAtEnd,
+)
 from lmc.training.data import ImageData
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI with a run folder: config.yaml, TensorBoard events, checkpoints/last.ckpt."""
+    """LightningCLI with a run folder.
+
+    config.yaml, TensorBoard events, checkpoints/, validation/, about.json.
+    """
 
     def __init__(self, model_class: type[TrainingModule], args: ArgsType = None) -> None:
         processes.watch_launcher()
@@ -109,13 +120,18 @@ class TrainingCLI(LightningCLI):
         if trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must say how many steps to train")
         every = self._get(self.config, "save_every")
+        about = About(run / "about.json")
+        last = SaveLast(self.checkpoint, every, about)
         callbacks: Any = trainer
         callbacks.callbacks += [
             processes.EndTogether(),
             CheckFinite(),
             Progress(),
-            SaveLast(self.checkpoint, every),
-            processes.LeaveOnSignal(self.checkpoint),
+            ValidateAtEnd(),
+            last,
+            SaveBest(self.checkpoint.with_name("best.ckpt")),
+            about,
+            processes.LeaveOnSignal(last.save),
         ]
         return trainer
 

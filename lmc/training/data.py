@@ -69,7 +69,7 @@ class ImageData(LightningDataModule):
         return self._loader(stream)
 
     def val_dataloader(self) -> DataLoader:
-        """The held-out images, each exactly once over all processes."""
+        """The held-out images the model looks at, each exactly once over all processes."""
         return self._loader(self._stream(self.heldout, training=False))
 
     def on_after_batch_transfer(
@@ -112,7 +112,8 @@ class ImageData(LightningDataModule):
             self.origins()
             if self._origins[shards] is not None:
                 return TripletStream(shards, self.batch_size, training, **order)
-        return ImageStream(shards, self.image_size, self.batch_size, training, **order)
+        limit = None if training or model is None else getattr(model, "heldout_images", None)
+        return ImageStream(shards, self.image_size, self.batch_size, training, limit=limit, **order)
 
     def _loader(self, stream: ShardStream) -> DataLoader:
         return DataLoader(

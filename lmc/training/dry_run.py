@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from lmc.images import expand_shards
 from lmc.training.base import TrainingModule
+from lmc.training.validation import Validation
 
 # The fewest denoiser evaluations of an image and step, at guidance scales other than 1.
 EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3, "vsd": 4}
@@ -78,12 +79,14 @@ def report(
         )
     )
     lines.append(("evaluations", evaluations(config["model"], batch * trainer["max_steps"])))
+    lines.append(("validation", validation(config)))
     lines.append(("memory", memory(size, config["model"]["prior"], prior, ranks)))
     lines.append(
         (
             "disk",
             f"{nbytes(16 * size)} for the checkpoint, twice that while it is written, every "
-            f"{save_every:,} steps (weights, average, Adam's two moments)",
+            f"{save_every:,} steps (weights, average, Adam's two moments)"
+            + ("; as much for the best one" if _clip(config["model"]) else ""),
         )
     )
     lines.append(("download", downloads(config["model"]["prior"])))
@@ -236,6 +239,31 @@ def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
         classes = len(model["classes"])
         return each * classes, f"{loss}{note}, each image to {classes} classes"
     return each, loss + note
+
+
+def validation(config: Mapping[str, Any]) -> str:
+    """What will be looked at of the held-out images, how often, and with what.
+
+    Raises:
+        ValueError: of `Validation`.
+    """
+    model, interval = config["model"], config["trainer"]["val_check_interval"]
+    # Anything else is Lightning's: a share of an epoch, a span of time.
+    every = f"every {interval:,} steps" if isinstance(interval, int) else f"by {interval!r}"
+    if "validation" not in model:
+        compared = model.get("closed_form")
+        beside = f", beside {compared}: {_corrector(compared)}" if compared else ""
+        return f"{every} and at the end, all held-out images{beside}"
+    what = Validation(**model["validation"])
+    clip = f"CLIP {what.clip}, in float32 in each process" if what.clip else "no CLIP"
+    return (
+        f"{every} and at the end, {what.images} held-out images to {len(model['classes'])} "
+        f"classes; {clip}"
+    )
+
+
+def _clip(model: Mapping[str, Any]) -> str | None:
+    return (model.get("validation") or {}).get("clip")
 
 
 def memory(size: int, config: Mapping[str, Any], prior: Any, ranks: int) -> str:

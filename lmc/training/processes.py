@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -63,11 +63,11 @@ class LeaveOnSignal(Callback):
     also requeues the job, unless its environment plugin says auto_requeue false.
 
     Args:
-        path: of the checkpoint.
+        save: saves the checkpoint that the same command goes on from.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.received, self.step = path, 0, 0
+    def __init__(self, save: Callable[[Trainer], None]) -> None:
+        self.save, self.received, self.step = save, 0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, which gives them back when it tears down."""
@@ -91,7 +91,7 @@ class LeaveOnSignal(Callback):
         received = self._of_any_process(trainer)
         if not received or step >= trainer.max_steps:
             return
-        trainer.save_checkpoint(self.path)
+        self.save(trainer)
         if trainer.is_global_zero:
             name = "SIGUSR1" if received == 1 + SIGNALS.index(signal.SIGUSR1) else "SIGTERM"
             print(f"{name}: saved after step {step}; the same command goes on", flush=True)

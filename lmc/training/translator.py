@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.evaluate import power_spectrum, spectrum_error
-from lmc.figures import grid
+from lmc.evaluate import Prompts
+from lmc.figures import labelled_grid
 from lmc.images import ImageBatch, resize
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
-from lmc.training.base import StepDecay, TrainingModule, tensorboard
+from lmc.training.base import StepDecay, TrainingModule, show
+from lmc.training.validation import Heldout, Validation, load_tools
 from lmc.translator import Translator
 from lmc.unet import Norm
 
@@ -57,6 +58,7 @@ class TranslatorTraining(TrainingModule):
             of one drawn uniformly: what tells the classes apart is then free of that noise. The
             paper leaves the choice open. Multiplies the batch by the number of classes.
         time: how t is drawn; None is the loss's own way: uniform in (0.02, 0.98), but for SDI.
+        validation: what is measured and shown of the held-out images.
         seed: of classes, t and eps; follows seed_everything.
 
     Raises:
@@ -65,6 +67,7 @@ class TranslatorTraining(TrainingModule):
     """
 
     paper_batch = 32
+    best_by = ("heldout/r_precision", "heldout/clip_score")
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class TranslatorTraining(TrainingModule):
         ema_decay: float = 0.999,
         every_class: bool = False,
         time: TimeSchedule | None = None,
+        validation: Validation = Validation(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         if "{}" not in prompt:
@@ -96,7 +100,11 @@ class TranslatorTraining(TrainingModule):
             seed,
         )
         self.prior, self.loss, self.time = prior, loss, loss.choose_time(time)
-        self.prompts = ["", prompt.format(source), *(prompt.format(name) for name in classes)]
+        targets = {name: prompt.format(name) for name in classes}
+        self.prompts = ["", prompt.format(source), *targets.values()]
+        # Those that compete in R-Precision are the targets' and the source's, as in lmc evaluate.
+        self.heldout_prompts = Prompts(targets, [*targets.values(), prompt.format(source)])
+        self.source, self.validation = source, validation
         if loss.negative_prompt is not None:
             self.prompts.append(loss.negative_prompt)
         self.every_class = every_class
@@ -108,15 +116,21 @@ class TranslatorTraining(TrainingModule):
         assert isinstance(self.network, Translator)
         return self.network
 
+    @property
+    def heldout_images(self) -> int:
+        """See `TrainingModule`."""
+        return self.validation.images
+
     def prepare_data(self) -> None:
         """Embed the prompts into the cache, on one process a node."""
         self.prior.embed(self.prompts)
 
     def setup(self, stage: str) -> None:
-        """Load the prior and the loss, and the prompts' embeddings.
+        """Load what measures, the prior and the loss, and the prompts' embeddings.
 
         Raises:
             ValueError: model.image_size is not data.image_size; or see the loss's `prepare`.
+            OSError, ValueError: see `load_tools`.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is not None and data.image_size != self.translator.image_size:
@@ -125,6 +139,10 @@ class TranslatorTraining(TrainingModule):
                 f"{data.image_size} differ: set both to the side of the shards' images"
             )
         device = self.trainer.strategy.root_device
+        self.tools = load_tools(self.validation, self.translator.image_size, device)
+        if self.trainer.is_global_zero:
+            for line in self.tools.left_out:
+                print(line, flush=True)
         self.embedding = self.prior.embed(self.prompts).to(device)
         self.loss.prepare(self.prior, device)
         self.prior.to(device)
@@ -218,32 +236,20 @@ class TranslatorTraining(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the held-out figures afresh."""
-        self.l2_sum = torch.zeros(2, dtype=torch.float64, device=self.device)
-        # Of the source images and of the outputs; whole from the start, for a process that gets
-        # no held-out image.
-        rings = self.translator.image_size // 2
-        self.spectra = torch.zeros(2, rings, device=self.device)
+        self.check_finite()  # its error says more than that of an output which is not finite
+        self.heldout = Heldout(self.tools, self.heldout_prompts, self.validation.pictures)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Held-out images to every class, by the averaged weights."""
-        source = batch.image
-        if not len(source):
-            return
-        ids = torch.arange(len(self.translator.classes), device=self.device)
-        outputs = torch.stack([self.averaged(source, i.expand(len(source))) for i in ids]).float()
-        l2 = (outputs - source).square().mean((0, 2, 3, 4)).sum().double()
-        self.l2_sum += torch.stack([l2, torch.tensor(float(len(source))).to(l2)])
-        self.spectra[0] += power_spectrum(source).sum(0)
-        self.spectra[1] += power_spectrum(outputs.flatten(0, 1)).sum(0) / len(ids)
-        writer = tensorboard(self)
-        if batch_idx == 0 and writer is not None:
-            rows = [part[:8] for part in (source, *outputs)]
-            writer.add_image("source, then a row a class", grid(*rows), self.global_step)
+        """Held-out images to every class, by the averaged weights; measured as by lmc evaluate."""
+        averaged: Any = self.averaged
+        with torch.autocast(self.device.type, enabled=False):
+            self.heldout.add(averaged, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log L2 to the source and the spectrum error, over all processes."""
-        strategy = self.trainer.strategy
-        l2, count = strategy.reduce(self.l2_sum, reduce_op="sum")
-        source, output = strategy.reduce(self.spectra, reduce_op="sum")
-        self.log("heldout/l2", (l2 / count).float(), sync_dist=True)  # equal on all already
-        self.log("heldout/spectrum_error", spectrum_error(output, source), sync_dist=True)
+        """Log what was measured over all processes, and show some of the outputs."""
+        for name, value in self.heldout.measures().items():
+            self.log(f"heldout/{name}", value, sync_dist=True)  # equal on all already
+        rows = self.heldout.rows(self.source)
+        if self.trainer.is_global_zero:
+            sheet = labelled_grid({f"step {self.global_step}": rows})
+            show(self, "source, then a row a class", "step", sheet)

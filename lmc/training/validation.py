@@ -1,0 +1,148 @@
+"""Held-out images through the translator while it trains: what is measured of them, and shown."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmc.evaluate import Prompts, Tools, from_all_processes, measure_batch, translated
+from lmc.images import ImageBatch, from_uint8, to_uint8
+from lmc.metrics import SMALLEST_LPIPS, Clip, MissingWeights, distances, load_clip
+from lmc.results import Measured, merge, overall
+from lmc.translator import Translator
+
+# Of all that `lmc evaluate` measures, what is logged where it can be had.
+LOGGED = ("r_precision", "clip_score", "lpips", "rmse", "spectrum_error", "saturation")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is measured and shown of the held-out images while a translator trains.
+
+    Attributes:
+        clip: folder or hub id of the CLIP that measures; None leaves its measures out, and with
+            them the best checkpoint.
+        images: how many held-out images, the first in the shards' order; all, where they are fewer.
+        pictures: how many of these are shown.
+
+    Raises:
+        ValueError: no images, or no pictures.
+    """
+
+    clip: str | None = None
+    images: int = 64
+    pictures: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in (("images", self.images), ("pictures", self.pictures)):
+            if value < 1:
+                raise ValueError(f"model.validation.{name} must be at least 1, got {value}")
+
+
+def load_tools(validation: Validation, image_size: int, device: torch.device) -> Tools:
+    """What measures while training: RMSE, LPIPS where AlexNet is on disk, CLIP where it is named.
+
+    All processes have the same: what one of them cannot load, none uses.
+
+    Args:
+        validation: whose `clip` is loaded, and fetched if it is a hub id.
+        image_size: of the images that will be measured.
+        device: where the networks run.
+
+    Raises:
+        OSError: `validation.clip` is a folder without a CLIP.
+        ValueError: AlexNet's file cannot be read.
+    """
+    clip: Clip | None = None
+    why = "model.validation.clip names none"
+    if validation.clip is not None:
+        try:
+            clip = load_clip(validation.clip, device)
+        except MissingWeights as error:
+            why = str(error)
+        except (OSError, ValueError) as error:
+            raise OSError(f"model.validation.clip {validation.clip}: {error}") from error
+    found = {name: each for name, each in distances().items() if name in LOGGED}
+    if image_size < SMALLEST_LPIPS:
+        found.pop("lpips", None)
+    mine = {*found, *(["clip"] if clip else [])}
+    everywhere = set.intersection(*from_all_processes(mine))
+    found = {name: each for name, each in found.items() if name in everywhere}
+    if "clip" in everywhere:
+        return Tools(found, clip)
+    if clip is not None:
+        why = "another process has none"
+    left_out = "heldout/r_precision and heldout/clip_score are left out, and no best.ckpt is kept"
+    return Tools(found, left_out=[f"{left_out}: no CLIP: {why}"])
+
+
+class Heldout:
+    """The held-out images of one validation, translated to every class and measured.
+
+    Args:
+        tools: what measures, on the images' device.
+        prompts: of the classes, and those that compete in R-Precision.
+        pictures: how many images, with their outputs, are kept to be shown: those with the first
+            keys, whatever the batches and processes are.
+    """
+
+    def __init__(self, tools: Tools, prompts: Prompts, pictures: int) -> None:
+        self.tools, self.prompts, self.pictures = tools, prompts, pictures
+        self.texts = tools.clip.texts(list(prompts.candidates)) if tools.clip else None
+        self.measured: list[Measured] = []
+        self.shown: list[tuple[str, Tensor]] = []  # key, uint8 (1 + classes, 3, S, S)
+
+    def add(self, translator: Translator, batch: ImageBatch) -> None:
+        """Translate and measure a batch.
+
+        Raises:
+            ValueError: an output is not finite.
+        """
+        if not batch.key:  # only broken samples were left for the last batch
+            return
+        made = [batch.image]
+        translate = translated(translator)
+
+        def outputs(keys: Sequence[str], source: Tensor, name: str) -> Tensor:
+            made.append(translate(keys, source, name).float())
+            return made[-1]
+
+        self.measured.append(
+            measure_batch(
+                "the translator",
+                outputs,
+                batch,
+                self.tools,
+                self.prompts,
+                self.texts,
+                batch.image.device,
+            )
+        )
+        columns = to_uint8(torch.stack(made, 1)).cpu()
+        self.shown = _first([*self.shown, *zip(batch.key, columns, strict=True)], self.pictures)
+
+    def measures(self) -> dict[str, float]:
+        """What was measured, over all images of all processes.
+
+        Raises:
+            ValueError: there are no images, or a key is there twice.
+        """
+        every = overall(merge(list(itertools.chain(*from_all_processes(self.measured)))))
+        return {name: every[name] for name in LOGGED if name in every}
+
+    def rows(self, source: str) -> dict[str, Tensor]:
+        """The pictures of all processes: the sources, named `source`, and the outputs by class.
+
+        Returns:
+            float (N, 3, S, S) in [-1, 1] each.
+        """
+        every = _first(list(itertools.chain(*from_all_processes(self.shown))), self.pictures)
+        pictures = from_uint8(torch.stack([each for _, each in every], 1))
+        return dict(zip([source, *self.prompts.classes], pictures, strict=True))
+
+
+def _first(shown: list[tuple[str, Tensor]], count: int) -> list[tuple[str, Tensor]]:
+    """Those with the first keys."""
+    return sorted(shown, key=lambda each: each[0])[:count]

@@ -1,0 +1,556 @@
+"""What a run says of itself: held-out measures, pictures, the best checkpoint, about.json."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_evaluate import build_clip_folder, random
+from torch.utils.data import DataLoader
+
+import lmc.training.validation
+import train_bias
+import train_translator
+from lmc.cli import main
+from lmc.corrector import Corrector, FilterCorrector, corrector_loss, normalise
+from lmc.evaluate import Clip, CorrectorErrors, Prompts, Tools, evaluate, translated
+from lmc.images import ImageStream
+from lmc.metrics import MissingWeights, rmse
+from lmc.priors import DiffusersPrior
+from lmc.release import load_averaged, write_release
+from lmc.training import about
+from lmc.training.bias import CorrectorTraining, key_generator
+from lmc.training.cli import TrainingCLI
+from lmc.training.validation import LOGGED, Heldout, Validation, load_tools
+
+import ranks
+import worlds
+
+IMAGES = 7  # of the 24 held out
+TARGETS = {name: f"a photo of a {name}" for name in ("dog", "bear")}
+MEASURES = {f"heldout/{name}" for name in LOGGED if name != "lpips"}  # too small for AlexNet
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return worlds.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """No weights of a prior may be loaded."""
+
+    def from_pretrained(*args, **kwargs):
+        raise AssertionError("the prior was loaded")
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", from_pretrained)
+
+
+def args(prior: Path, data: str, run: Path, clip: Path | str | None, *more: str) -> list[str]:
+    """A tiny training of stage two that looks at some held-out images after steps 2 and 3."""
+    options = [f"--model.validation.images={IMAGES}", "--model.validation.pictures=3"]
+    options += [f"--model.validation.clip={clip}"] if clip else []
+    rate = ["--model.optimizer.lr=0.01", "--trainer.max_steps=3"]
+    return worlds.translator_args(prior, data, run, "SDS", *options, *rate, *more)
+
+
+def last(run: Path, name: str = "last") -> dict:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def message(run, command: list[str]) -> str:
+    with pytest.raises((ValueError, OSError)) as caught:
+        run(command)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage two: the measures
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_prior_folder, data, clip, tmp_path_factory):
+    """A run of one process: its folder, what it logged last, and what it printed."""
+    folder = tmp_path_factory.mktemp("alone")
+    command = args(tiny_prior_folder, data, folder / "run", clip)
+    (measured,) = ranks.run(folder, command, ranks=1, script="train_translator")
+    return folder / "run", measured["metrics"], (folder / "0.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def two(tiny_prior_folder, data, clip, tmp_path_factory):
+    """The same of two processes, which do not share the images evenly, nor in whole batches."""
+    folder = tmp_path_factory.mktemp("two")
+    command = args(tiny_prior_folder, data, folder / "run", clip, "--data.batch_size=3")
+    return folder / "run", ranks.run(folder, command, script="train_translator")
+
+
+def test_what_is_logged_is_what_evaluate_says(alone, data, clip):
+    """Of the averaged weights and the first images, after the last step."""
+    run, metrics, _ = alone
+    assert {name for name in metrics if name.startswith("heldout/")} == MEASURES
+    translator, step = load_averaged(run)
+    assert step == 3
+    every = [
+        key for batch in ImageStream(f"{data}/heldout-*.tar", 16, 5, False) for key in batch.key
+    ]
+    stream = ImageStream(f"{data}/heldout-*.tar", 16, 50, training=False, limit=IMAGES)
+    result = evaluate(
+        {"a": translated(translator)},
+        lambda: DataLoader(stream, batch_size=None),
+        Tools({"rmse": rmse}, Clip(str(clip))),
+        Prompts(TARGETS, [*TARGETS.values(), "a photo of a cat"]),
+    )
+    assert result["heldout"]["keys"] == every[:IMAGES]
+    row = result["rows"]["a"]["summary"]
+    for name in MEASURES:
+        wanted = row[name.removeprefix("heldout/")]["value"]
+        assert metrics[name].item() == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
+    assert row["rmse"]["value"] > 0.01, "nothing was learned: everything would be equal"
+
+
+def test_two_processes_measure_and_show_what_one_does(
+    two, tiny_prior_folder, data, clip, tmp_path, monkeypatch
+):
+    run, measured = two
+    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
+    cli = train_translator.main(args(tiny_prior_folder, data, tmp_path / "one", clip))
+    cli.model.load_state_dict(last(run)["state_dict"])
+    (metrics,) = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    assert metrics.keys() == MEASURES
+    for name, value in metrics.items():
+        for rank in measured:
+            assert rank["metrics"][name].item() == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    one, both = (
+        # Below the title, which says the step.
+        np.asarray(Image.open(file))[18:].astype(int)
+        for file in (
+            tmp_path / "one" / "validation" / "step_000000.png",
+            run / "validation" / "step_000003.png",
+        )
+    )
+    assert one.shape == both.shape and abs(one - both).max() <= 1
+
+
+@pytest.mark.parametrize(("processes", "limit"), [(1, 7), (2, 7), (3, 7), (2, 100), (2, None)])
+def test_the_first_images_are_the_same_for_any_number_of_processes(data, processes, limit):
+    def keys(rank: int, count: int, limit: int | None) -> list[str]:
+        where = {"rank": rank, "world_size": count, "limit": limit}
+        stream = ImageStream(f"{data}/heldout-*.tar", 16, 4, training=False, **where)
+        return [key for batch in stream for key in batch.key]
+
+    read = [keys(rank, processes, limit) for rank in range(processes)]
+    assert sorted(sum(read, [])) == sorted(keys(0, 1, None)[:limit])
+    assert len(set(sum(read, []))) == min(limit or 24, 24)
+
+
+def test_training_reads_all_shards_whatever_is_looked_at(data):
+    stream = ImageStream(f"{data}/train-*.tar", 16, 4, training=True, limit=2)
+    batches = iter(stream)
+    assert len({key for _ in range(6) for key in next(batches).key}) > 12
+
+
+def test_what_measures_is_no_part_of_the_module(alone, two):
+    for run in (alone[0], two[0]):
+        assert {name.split(".")[0] for name in last(run)["state_dict"]} == {"network", "ema"}
+    size = sum(x.numel() for x in last(two[0])["state_dict"].values())
+    for rank in two[1]:
+        assert set(rank["wrapped"]) == {("DistributedDataParallel", size)}
+
+
+def test_a_picture_of_every_look(alone, two):
+    """A title, then the source and two classes, of three images with a gap of two pixels."""
+    for run in (alone[0], two[0]):
+        files = sorted(file.name for file in (run / "validation").iterdir())
+        assert files == ["step_000002.png", "step_000003.png"]
+        picture = Image.open(run / "validation" / files[0])
+        assert picture.size == (76 + 3 * 18, 18 + 3 * 18)
+    events = EventAccumulator(str(alone[0])).Reload()
+    assert [x.step for x in events.Images("source, then a row a class")] == [2, 3]
+    assert len(events.Scalars("heldout/r_precision")) == 2
+
+
+def test_the_pictures_first_row_is_the_source(alone, data):
+    (batch,) = ImageStream(f"{data}/heldout-*.tar", 16, 50, training=False, limit=IMAGES)
+    picture = np.asarray(Image.open(alone[0] / "validation" / "step_000003.png"))
+    for i, image in enumerate(batch.image[:3]):  # the keys are in order
+        shown = picture[18 + 1 :][:16, 76 + 1 + i * 17 :][:, :16]
+        assert (shown == ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).all()
+
+
+def test_alexnet_measures_where_it_is_and_fits(monkeypatch):
+    """Never under 31 pixels, where it has nothing left to pool."""
+    known = {"lpips": lambda image, source: rmse(image, source) + 1, "rmse": rmse}
+    monkeypatch.setattr(lmc.training.validation, "distances", lambda: {**known, "other": rmse})
+    for size, names in ((30, ["rmse"]), (31, ["lpips", "rmse"])):
+        assert list(load_tools(Validation(), size, torch.device("cpu")).distances) == names
+
+
+def test_only_what_all_processes_have_measures(monkeypatch, clip):
+    found = [{"rmse", "clip"}, {"rmse"}]
+    monkeypatch.setattr(lmc.training.validation, "from_all_processes", lambda mine: found)
+    tools = load_tools(Validation(str(clip)), 64, torch.device("cpu"))
+    assert tools.clip is None and list(tools.distances) == ["rmse"]
+    assert "another process has none" in tools.left_out[0]
+
+
+def test_an_output_that_is_not_finite_is_named(data):
+    (batch,) = ImageStream(f"{data}/heldout-*.tar", 16, 50, training=False, limit=IMAGES)
+
+    class Broken(torch.nn.Module):
+        def class_ids(self, names):
+            return torch.zeros(len(names), dtype=torch.long)
+
+        def forward(self, image, class_id):
+            return torch.where(torch.arange(len(image))[:, None, None, None] == 2, torch.nan, image)
+
+    heldout = Heldout(Tools({"rmse": rmse}), Prompts(TARGETS, [*TARGETS.values()]), 3)
+    with pytest.raises(ValueError, match=f"{batch.key[2]} to 'dog' is not finite"):
+        heldout.add(Broken(), batch)
+
+
+# ---------------------------------------------------------------------------------------------
+# CLIP, missing or wrong
+
+
+def test_without_clip_the_others_are_measured(tiny_prior_folder, data, tmp_path, capsys):
+    train_translator.main(args(tiny_prior_folder, data, tmp_path, None))
+    said = capsys.readouterr().out
+    assert said.count("no best.ckpt is kept: no CLIP: model.validation.clip names none") == 1
+    scalars = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    left = {"heldout/r_precision", "heldout/clip_score"}
+    assert {name for name in scalars if name.startswith("heldout/")} == MEASURES - left
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    with pytest.raises(SystemExit, match=r"best\.ckpt: train_translator\.py keeps one where"):
+        main(["release", str(tmp_path), "--out", str(tmp_path / "out"), "--best"])
+
+
+def test_a_hub_id_that_cannot_be_had_is_said_and_training_goes_on(
+    tiny_prior_folder, data, tmp_path, capsys, monkeypatch
+):
+    def load_clip(name, device):
+        raise MissingWeights(f"{name} could not be fetched")
+
+    monkeypatch.setattr(lmc.training.validation, "load_clip", load_clip)
+    train_translator.main(args(tiny_prior_folder, data, tmp_path, "some/clip"))
+    assert "no CLIP: some/clip could not be fetched" in capsys.readouterr().out
+    assert last(tmp_path)["global_step"] == 3
+
+
+def test_a_wrong_folder_ends_it_before_training(tiny_prior_folder, data, tmp_path, untrained):
+    (tmp_path / "nothing").mkdir()
+    for wrong in (f"{tmp_path}/nothing", f"{tmp_path}/not/there"):
+        command = args(tiny_prior_folder, data, tmp_path / "run", wrong)
+        assert f"model.validation.clip {wrong}" in message(train_translator.main, command)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("option", ["images", "pictures"])
+def test_bad_numbers_are_named(tiny_prior_folder, data, tmp_path, untrained, option):
+    more = [f"--model.validation.{option}=0"]
+    wanted = f"model.validation.{option} must be at least 1, got 0"
+    command = args(tiny_prior_folder, data, tmp_path / "run", None, *more)
+    assert wanted in message(train_translator.main, command)
+    assert wanted in message(train_translator.main, [*command, "--dry-run"])
+
+
+# ---------------------------------------------------------------------------------------------
+# The best checkpoint
+
+
+def scripted(monkeypatch, *scores: tuple[float, float]) -> None:
+    """R-Precision and CLIP score of the looks at the held-out images, one after the other."""
+    left = list(scores)
+
+    def measures(self) -> dict[str, float]:
+        return dict(zip(("r_precision", "clip_score"), left.pop(0), strict=True))
+
+    monkeypatch.setattr(Heldout, "measures", measures)
+
+
+def test_the_best_is_kept_over_resuming(tiny_prior_folder, data, clip, tmp_path, monkeypatch):
+    def go_on(steps: int, *scores: tuple[float, float]) -> int:
+        scripted(monkeypatch, *scores)
+        train_translator.main([*command, f"--trainer.max_steps={steps}"])
+        assert last(tmp_path)["global_step"] == steps
+        return last(tmp_path, "best")["global_step"]
+
+    command = args(tiny_prior_folder, data, tmp_path, clip)
+    assert go_on(4, (0.5, 0.1), (0.5, 0.1)) == 2  # the first of equals
+    best = (tmp_path / "checkpoints" / "best.ckpt").read_bytes()
+    assert go_on(8, (0.4, 0.9), (0.5, 0.05)) == 2
+    assert (tmp_path / "checkpoints" / "best.ckpt").read_bytes() == best
+    assert go_on(10, (0.5, 0.2)) == 10  # a tie, broken by the CLIP score
+    # The run is killed after a best one, and goes on from before it.
+    shutil.copy(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "before")
+    assert go_on(12, (0.9, 0.1)) == 12
+    (tmp_path / "before").rename(tmp_path / "checkpoints" / "last.ckpt")
+    assert go_on(14, (0.8, 0.1), (0.7, 0.1)) == 12
+    assert last(tmp_path, "best")["callbacks"]["SaveBest"]["best"] == [0.9, 0.1]
+    # It is gone: what there is from now on is the best.
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    assert go_on(16, (0.1, 0.1)) == 16
+    # It is broken: likewise.
+    (tmp_path / "checkpoints" / "best.ckpt").write_bytes(b"broken")
+    assert go_on(18, (0.05, 0.1)) == 18
+
+
+def test_two_processes_keep_one_best(two):
+    run, measured = two
+    figures = last(run, "best")["callbacks"]["SaveBest"]["best"]
+    assert last(run)["callbacks"]["SaveBest"]["best"] == figures
+    assert figures[0] >= measured[0]["metrics"]["heldout/r_precision"].item()
+    assert sorted(x.name for x in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_run_can_go_on_from_its_best(alone, tiny_prior_folder, data, clip, tmp_path, monkeypatch):
+    """To the same weights: it is a whole checkpoint, though written amid a validation."""
+    command = args(tiny_prior_folder, data, tmp_path, clip)
+    scripted(monkeypatch, (0.5, 0.1), (0.4, 0.1), (0.4, 0.1), (0.4, 0.1))
+    train_translator.main(command)
+    assert last(tmp_path, "best")["global_step"] == 2
+    (tmp_path / "checkpoints" / "best.ckpt").rename(tmp_path / "checkpoints" / "last.ckpt")
+    train_translator.main(command)
+    assert last(tmp_path)["global_step"] == 3
+    for name, value in last(alone[0])["state_dict"].items():
+        assert torch.equal(last(tmp_path)["state_dict"][name], value), name
+
+
+def test_the_best_is_released(tiny_prior_folder, data, clip, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    scripted(monkeypatch, (0.5, 0.1), (0.4, 0.1))
+    train_translator.main(args(tiny_prior_folder, data, run, clip))
+    main(["release", str(run), "--out", str(tmp_path / "best"), "--best"])
+    main(["release", str(run), "--out", str(tmp_path / "last")])
+    (network, step), (other, end) = load_averaged(run, best=True), load_averaged(run)
+    assert (step, end) == (2, 3)
+    weights, others = network.state_dict(), other.state_dict()
+    assert any(not torch.equal(value, others[name]) for name, value in weights.items())
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "2 steps, the best of the run by held-out R-Precision; averaged weights" in card
+    assert "3 steps; averaged weights" in (tmp_path / "last" / "README.md").read_text()
+    for folder, wanted in (("best", weights), ("last", others)):
+        released = type(network).from_pretrained(tmp_path / folder).state_dict()
+        assert all(torch.equal(released[name], value) for name, value in wanted.items())
+    with pytest.raises(ValueError, match="name the run folder"):
+        load_averaged(run / "checkpoints" / "last.ckpt", best=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage one
+
+
+@pytest.fixture(scope="module")
+def closed_form(tiny_prior_folder, tmp_path_factory) -> Path:
+    """A released closed-form corrector of the tiny prior, that is no identity."""
+    corrector = FilterCorrector(
+        3, 16, bins=3, prior=DiffusersPrior(str(tiny_prior_folder)).identity
+    )
+    corrector.gain.copy_(random(*corrector.gain.shape))
+    corrector.offset.copy_(random(*corrector.offset.shape, seed=1))
+    folder = tmp_path_factory.mktemp("closed_form")
+    write_release(corrector, folder, "made up")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage_one(tiny_prior_folder, data, closed_form, tmp_path_factory):
+    """A run of two processes with a closed form beside: its folder and what each measured."""
+    folder = tmp_path_factory.mktemp("stage_one")
+    more = [f"--model.closed_form={closed_form}", "--data.batch_size=5"]
+    return folder / "run", ranks.run(
+        folder, worlds.bias_args(tiny_prior_folder, data, folder / "run", *more)
+    )
+
+
+def test_errors_by_t_are_those_of_a_direct_computation(
+    stage_one, tiny_prior_folder, data, closed_form
+):
+    """Image by image, over all of both processes; and their weighted mean is the whole."""
+    run, measured = stage_one
+    prior = DiffusersPrior(str(tiny_prior_folder))
+    prior.to("cpu")
+    model = CorrectorTraining(prior, widths=(8, 8))
+    model.load_state_dict(last(run)["state_dict"])
+    model.null = prior.embed([""])
+    beside = FilterCorrector.from_pretrained(closed_form)
+    errors: dict[int, list[dict[str, float]]] = {}
+    with torch.no_grad():
+        for batch in ImageStream(f"{data}/heldout-*.tar", 16, 1, training=False):
+            x = model.triplets(batch, key_generator(batch.key[0], torch.device("cpu")))
+            each = {
+                "loss": model.averaged.correct(x.z, x.t, x.z_hat),
+                "identity_loss": x.z,
+                "normalised_identity_loss": normalise(x.z, x.z_hat),
+                "closed_form_loss": beside.correct(x.z, x.t, x.z_hat),
+            }
+            losses = {name: corrector_loss(b, x.z_hat).item() for name, b in each.items()}
+            errors.setdefault(min(4, int(x.t.item() / 0.2)), []).append(losses)
+    assert len(errors) > 2 and sum(map(len, errors.values())) == 24
+    wanted: dict[str, float] = {}
+    for name in losses:
+        whole = sum(sum(x[name] for x in errors[i]) for i in errors) / 24
+        wanted[f"heldout/{name}"] = whole
+        for i, found in errors.items():
+            mean = sum(x[name] for x in found) / len(found)
+            wanted[f"heldout/{name}/t{i / 5:.1f}"] = mean
+    for rank in measured:
+        metrics = {k: x.item() for k, x in rank["metrics"].items() if k.startswith("heldout/")}
+        assert metrics == pytest.approx(wanted, rel=1e-4)
+        for name in losses:
+            means = sum(metrics[f"heldout/{name}/t{i / 5:.1f}"] * len(errors[i]) for i in errors)
+            assert means / 24 == pytest.approx(metrics[f"heldout/{name}"], rel=1e-5)
+
+
+def test_errors_have_bins_only_where_they_are_asked_for():
+    z, z_hat, b, other = random(4, 3, 3, 8, 8)
+    t = torch.tensor([0.1, 0.45, 1.0])
+    plain, binned = CorrectorErrors(), CorrectorErrors(2, ["other_loss"])
+    plain.update(z, z_hat, b)
+    binned.update(z, z_hat, b, other, t=t)
+    names = ["loss", "identity_loss", "normalised_identity_loss"]
+    assert list(plain.compute()) == names
+    found = binned.compute()
+    assert {x for x in found if "/" not in x} == {*names, "other_loss"}
+    error = corrector_loss(other, z_hat)
+    torch.testing.assert_close(found["other_loss/t0.0"], error[:2].mean())
+    torch.testing.assert_close(found["other_loss/t0.5"], error[2])
+    torch.testing.assert_close(found["loss"], plain.compute()["loss"])
+
+
+def test_stage_one_keeps_its_pictures(stage_one):
+    run, _ = stage_one
+    files = sorted(file.name for file in (run / "validation").iterdir())
+    assert files == [f"{name}_00000{step}.png" for name in ("spectra", "step") for step in (2, 4)]
+    # Rank 0's first batch is five images.
+    assert Image.open(run / "validation" / "step_000004.png").size == (76 + 5 * 18, 18 + 3 * 18)
+    width, height = Image.open(run / "validation" / "spectra_000004.png").size
+    assert width == 2 * 400 and height == 300  # a panel for each third of the times
+    tags = EventAccumulator(str(run)).Reload().Tags()["images"]
+    assert set(tags) == {"z, z_hat, b(z, t) by t", "power spectra by t"}
+    assert {name.split(".")[0] for name in last(run)["state_dict"]} == {"network", "ema"}
+
+
+def test_a_wrong_closed_form_is_named(
+    tiny_prior_folder, other_prior_folder, data, closed_form, tmp_path, untrained
+):
+    prior = DiffusersPrior(str(tiny_prior_folder))
+    write_release(Corrector(3, [8, 8], prior=prior.identity), tmp_path / "trained", "made up")
+    for wrong, folder, words in (
+        (f"{tmp_path}/not/there", tiny_prior_folder, "no release there"),
+        (tmp_path / "trained", tiny_prior_folder, "is a trained corrector"),
+        (closed_form, other_prior_folder, "valid for the prior it was trained on only"),
+    ):
+        command = worlds.bias_args(folder, data, tmp_path / "run", f"--model.closed_form={wrong}")
+        said = message(train_bias.main, command)
+        assert f"model.closed_form {wrong}" in said and words in said
+
+
+# ---------------------------------------------------------------------------------------------
+# about.json
+
+
+def sessions(run: Path) -> list[dict]:
+    return json.loads((run / "about.json").read_text())["sessions"]
+
+
+def test_about_has_an_entry_a_start(tiny_prior_folder, data, tmp_path, capsys):
+    command = worlds.bias_args(tiny_prior_folder, data, tmp_path, "--trainer.limit_val_batches=0")
+    train_bias.main([*command, "--trainer.max_steps=3"])
+    train_bias.main([*command, "--trainer.max_steps=5"])
+    train_bias.main([*command, "--trainer.max_steps=5"])  # all done: no start
+    first, second = sessions(tmp_path)
+    assert [(x["from_step"], x["to_step"]) for x in (first, second)] == [(0, 3), (3, 5)]
+    assert first["began"] <= second["began"] and first["began"].endswith("+00:00")
+    for session in (first, second):
+        assert session["seconds"] > 0 and session["processes"] == 1
+        assert session["hardware"].endswith("cores")
+        assert session["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert {"lmc", "python", "lightning", "diffusers", "transformers"} <= set(
+            session["versions"]
+        )
+    # A broken one stops nothing.
+    for broken in ("{", '{"sessions": 3}', "[]"):
+        (tmp_path / "about.json").write_text(broken)
+        capsys.readouterr()
+        steps = last(tmp_path)["global_step"] + 1
+        train_bias.main([*command, f"--trainer.max_steps={steps}"])
+        assert "about.json" in capsys.readouterr().out
+        assert [(x["from_step"], x["to_step"]) for x in sessions(tmp_path)] == [(steps - 1, steps)]
+    # Begun anew, nothing of an earlier run is in the weights.
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    train_bias.main([*command, "--trainer.max_steps=1"])
+    assert [x["to_step"] for x in sessions(tmp_path)] == [1]
+
+
+def test_about_is_written_once_for_all_processes(two):
+    (session,) = sessions(two[0])
+    assert (session["processes"], session["to_step"]) == (2, 3)
+
+
+def test_about_that_cannot_be_written_stops_nothing(tiny_prior_folder, data, tmp_path, capsys):
+    (tmp_path / "about.json").mkdir()
+    train_bias.main(worlds.bias_args(tiny_prior_folder, data, tmp_path))
+    assert "about.json cannot be written" in capsys.readouterr().out
+    assert last(tmp_path)["global_step"] == 4
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+    def git(*command: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *command], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    none = {"commit": None, "dirty": None}
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "-m", "one")
+    assert about.source_commit(package) == none  # installed into somebody else's checkout
+    git("add", ".")
+    git("commit", "--quiet", "-m", "two")
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "left_over").write_text("")
+    assert about.source_commit(package) == {"commit": commit, "dirty": False}
+    (package / "__init__.py").write_text("1")
+    assert about.source_commit(package) == {"commit": commit, "dirty": True}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert about.source_commit(package) == none
+
+
+# ---------------------------------------------------------------------------------------------
+# The dry run
+
+
+def test_a_dry_run_says_what_is_looked_at(
+    tiny_prior_folder, data, clip, closed_form, tmp_path, capsys
+):
+    def said(run, command: list[str]) -> str:
+        with pytest.raises(SystemExit):
+            run([*command, "--dry-run"])
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("validation")]
+        return line
+
+    two = said(train_translator.main, args(tiny_prior_folder, data, tmp_path, clip))
+    assert f"every 2 steps and at the end, 7 held-out images to 2 classes; CLIP {clip}" in two
+    assert "no CLIP" in said(train_translator.main, args(tiny_prior_folder, data, tmp_path, None))
+    one = worlds.bias_args(tiny_prior_folder, data, tmp_path)
+    assert said(train_bias.main, one).endswith("all held-out images")
+    one += [f"--model.closed_form={closed_form}"]
+    assert f"beside {closed_form}: here, of the prior {tiny_prior_folder}" in said(
+        train_bias.main, one
+    )
