@@ -21,6 +21,7 @@ from lmc.figures import labelled_grid
 from lmc.files import whole, write_text
 from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
+from lmc.metrics import distances
 from lmc.priors import Prior
 from lmc.release import load_averaged
 from lmc.results import VERSION, combine, numbers, write_json
@@ -290,7 +291,9 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(configs.values()))
     apart = ("run", "seed_everything")
     here: dict[str, Any] = {key: value for key, value in first.items() if key not in apart}
-    here["model"] = {key: value for key, value in first["model"].items() if key != "loss"}
+    # What is looked at while training changes nothing of what is trained.
+    of_each = ("loss", "validation")
+    here["model"] = {key: value for key, value in first["model"].items() if key not in of_each}
     here = {"config": here, "losses": {k: c["model"]["loss"] for k, c in configs.items()}}
     here["correctors"] = _correctors(here["losses"])
     if file.exists():
@@ -406,7 +409,8 @@ def _measure(
 ) -> dict[str, Any]:
     """The numbers of a run's averaged weights, or of none; the whole result is kept in `folder`."""
     file = folder / "evaluation.json"
-    tools = Tools(clip=clip)
+    model, data = config["model"], config["data"]
+    tools = Tools(distances(data["image_size"]), clip)
     row = "source" if run is None else name
     about: dict[str, Any] = {
         "version": VERSION,
@@ -420,7 +424,6 @@ def _measure(
         there = json.loads(file.read_text())
         if there["of"] == about:
             return numbers(there["measured"]["rows"][row])
-    model, data = config["model"], config["data"]
     stream = ImageStream(data["heldout"], data["image_size"], BATCH, training=False)
     targets = {target: model["prompt"].format(target) for target in model["classes"]}
     measured = evaluate(

@@ -6,7 +6,7 @@ key of it.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,6 @@ from lmc.metrics import (
     clip_score_100,
     cosines,
     derivative_counts,
-    distances,
     load_clip,
     load_inception,
     load_lpips,
@@ -186,7 +185,7 @@ class Tools:
         left_out: a line for each measure that is left out: why, and what would change that.
     """
 
-    distances: Mapping[str, Distance] = field(default_factory=distances)
+    distances: Mapping[str, Distance]
     clip: Clip | None = None
     inception: Callable[[Tensor], Tensor] | None = None
     left_out: Sequence[str] = ()

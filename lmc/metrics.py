@@ -319,13 +319,18 @@ def load_lpips(offline: bool = False) -> Distance:
     return perceptual(network.eval().requires_grad_(False))
 
 
-def distances() -> dict[str, Distance]:
+def distances(image_size: int) -> dict[str, Distance]:
     """The distances to the source that can be computed here, by name, the main one first.
 
     'lpips' (AlexNet) leads where torchvision's AlexNet weights are on disk; nothing is downloaded
     and nothing else goes by its name.
+
+    Args:
+        image_size: the shorter side of the images in pixels; LPIPS needs `SMALLEST_LPIPS`.
     """
     found: dict[str, Distance] = {"rmse": rmse, "one_minus_ssim": one_minus_ssim}
+    if image_size < SMALLEST_LPIPS:
+        return found
     try:
         return {"lpips": load_lpips(offline=True), **found}
     except MissingWeights:

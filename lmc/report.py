@@ -42,7 +42,6 @@ TRANSLATOR_CURVES = {
     "heldout/clip_score": "CLIP score, held out",
     "heldout/lpips": "LPIPS to the source, held out",
     "heldout/rmse": "RMSE to the source, held out",
-    "heldout/l2": "L2 to the source, held out",
     "heldout/spectrum_error": "spectrum error, held out",
 }
 CORRECTOR_CURVES = {

@@ -13,9 +13,10 @@ import lmc.cli.edits
 import lmc.cli.image
 from lmc.cli import main
 from lmc.corrector import FilterCorrector
-from lmc.evaluate import Clip, clip_score, distances, rmse
+from lmc.evaluate import Clip, clip_score, rmse
 from lmc.images import decode_image, resize
 from lmc.losses import LMC, VSD, ScoreDistillation
+from lmc.metrics import distances
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
 
@@ -110,7 +111,7 @@ def test_synthesis_writes_pictures_their_progression_and_its_settings(synthesize
     assert Image.open(out / "progression.png").width == 76 + 3 * 26
     found = json.loads((out / "results.json").read_text())["diversity"]
     expected = rmse(images[1:], images[:1])
-    assert found["runs"] == 2 and found["name"] == next(iter(distances()))
+    assert found["runs"] == 2 and found["name"] == next(iter(distances(24)))
     if found["name"] == "rmse":  # the pictures are rounded to bytes
         assert found["mean"] == pytest.approx(expected.mean().item(), abs=5e-3)
         assert found["deviation"] == pytest.approx(expected.std(correction=0).item(), abs=5e-3)
@@ -225,7 +226,7 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
     found = json.loads((out / "results.json").read_text())
     assert found["results"].keys() == {"sds", "lmc:corrector=identity"}
     clip, name = Clip(str(world / "clip")), found["distance_name"]
-    measure = distances()[name]
+    measure = distances(24)[name]
     for label, folder in (("sds", "sds"), ("lmc:corrector=identity", "lmc+corrector=identity")):
         for scale in ("2", "5"):
             rows = found["results"][label][scale]
@@ -357,8 +358,8 @@ def test_a_list_goes_on_with_the_same_corrector_and_measures_only(
     monkeypatch.chdir(world)
     main([*args, "--losses=sds,test_cli_image.OwnLMC", "--guidance_scales=5"])
     assert "something else (the corrector of lmc)" in error(*args, "--losses=sds,lmc")
-    measures = distances()
-    monkeypatch.setattr(lmc.evaluate, "distances", lambda: {"lpips": rmse, **measures})
+    measures = distances(24)
+    monkeypatch.setattr(lmc.metrics, "distances", lambda size: {"lpips": rmse, **measures})
     assert "something else (distances)" in error(*args, "--losses=sds")
 
 

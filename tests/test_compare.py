@@ -27,6 +27,7 @@ from lmc.corrector import Corrector
 from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
 from lmc.images import ImageStream
 from lmc.losses import NEGATIVE_PROMPT
+from lmc.metrics import distances
 from lmc.priors import DiffusersPrior
 from lmc.release import load_averaged
 from lmc.results import numbers
@@ -313,7 +314,7 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     result = evaluate(
         {"it": translated(load_averaged(out / "cond" / "seed1")[0])},
         lambda: DataLoader(stream, batch_size=None),
-        Tools(clip=Clip(str(world / "clip"))),
+        Tools(distances(16), Clip(str(world / "clip"))),
         Prompts(prompts, [*prompts.values(), "a photo of a cat"]),
     )
     expected = numbers(result["rows"]["it"])
@@ -376,6 +377,7 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     main(args(world, out, "cond,sds", "--seeds", "2"))
     assert trained == ["cond seed 2", "sds seed 2"]
     trained.clear()
+    main(args(world, out, "cond", "--seeds", "2", "--", "--model.validation.images=3"))
     said = message(*args(world, out, "cond", "--", "--trainer.max_steps=5"))
     assert "trainer.max_steps is 4 there and 5 here" in said and "--out" in said
     said = message(*args(world, out, "cond", "--", "--model.loss.guidance_scale=6"))

@@ -321,12 +321,13 @@ def test_lpips_agrees_with_the_package_and_the_paper():
 
 
 def test_lpips_is_only_offered_with_its_weights(no_weights, monkeypatch):
-    assert list(distances()) == ["rmse", "one_minus_ssim"]
+    assert list(distances(64)) == ["rmse", "one_minus_ssim"]
     (no_weights / "vgg16-397923af.pth").touch()
-    assert "lpips" not in distances()
+    assert "lpips" not in distances(64)
     (no_weights / "alexnet-owt-7be5be79.pth").touch()
     with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth cannot be read: delete it"):
-        distances()
+        distances(64)
+    assert list(distances(30)) == ["rmse", "one_minus_ssim"], "too small for AlexNet"
 
     class Fake(torch.nn.Module):
         def __init__(self, net: str, **options: bool) -> None:
@@ -337,7 +338,7 @@ def test_lpips_is_only_offered_with_its_weights(no_weights, monkeypatch):
             return torch.full((len(image), 1, 1, 1), 7.0)
 
     monkeypatch.setattr(lpips, "LPIPS", Fake)
-    found = distances()
+    found = distances(31)
     assert list(found) == ["lpips", "rmse", "one_minus_ssim"]
     assert found["lpips"](random(2, 3, 8, 8), random(2, 3, 8, 8)).tolist() == [7, 7]
 

@@ -86,7 +86,7 @@ def edit_list(
         batch_size: edits at once.
         device: cpu, cuda, …
     """
-    from lmc.evaluate import distances
+    from lmc.metrics import distances
 
     edits = read_list(list)
     sources = torch.cat([middle_square(read_image(Path(e.image))[None], size) for e in edits])
@@ -107,7 +107,7 @@ def edit_list(
     prompts = [p for each in edits for p in (each.source_prompt, each.prompt)]
     negative = {loss.negative_prompt for loss in built.values()}
     embed(prior, prompts, [prompt for prompt in negative if prompt is not None])
-    named = distances()  # by name
+    named = distances(size)  # by name
     made_with = {
         "settings": asdict(settings),
         "prior": {

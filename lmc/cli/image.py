@@ -210,9 +210,9 @@ def diversity(images: Tensor) -> dict[str, Any]:
     Returns:
         name of the distance, runs (B − 1), mean, and deviation (of the runs, not of the mean).
     """
-    from lmc.evaluate import distances
+    from lmc.metrics import distances
 
-    name, measure = next(iter(distances().items()))
+    name, measure = next(iter(distances(min(images.shape[-2:])).items()))
     values = measure(images[1:], images[:1].expand_as(images[1:]).contiguous())
     deviation = values.std(correction=0).item()
     return {

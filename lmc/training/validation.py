@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmc.evaluate import Prompts, Tools, from_all_processes, measure_batch, translated
 from lmc.images import ImageBatch, from_uint8, to_uint8
-from lmc.metrics import SMALLEST_LPIPS, Clip, MissingWeights, distances, load_clip
+from lmc.metrics import Clip, MissingWeights, distances, load_clip
 from lmc.results import Measured, merge, overall
 from lmc.translator import Translator
 
@@ -64,9 +64,7 @@ def load_tools(validation: Validation, image_size: int, device: torch.device) ->
             why = str(error)
         except (OSError, ValueError) as error:
             raise OSError(f"model.validation.clip {validation.clip}: {error}") from error
-    found = {name: each for name, each in distances().items() if name in LOGGED}
-    if image_size < SMALLEST_LPIPS:
-        found.pop("lpips", None)
+    found = {name: each for name, each in distances(image_size).items() if name in LOGGED}
     mine = {*found, *(["clip"] if clip else [])}
     everywhere = set.intersection(*from_all_processes(mine))
     found = {name: each for name, each in found.items() if name in everywhere}
