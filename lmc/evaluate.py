@@ -366,13 +366,13 @@ def measure_batch(
     """
     source = batch.image.to(device)
     columns = []
-    seen = None if outputs is not None else _observe(source, source, tools, texts)
+    seen = None if outputs is not None else observe(source, source, tools, texts)
     for target, prompt in prompts.targets.items():
         if outputs is not None:
             made = outputs(batch.key, source, target)
             _check_output(name, made, source, batch.key, target)
             # As a PNG would keep it, so that a folder of PNGs measures the same.
-            seen = _observe(from_uint8(to_uint8(made)), source, tools, texts)
+            seen = observe(from_uint8(to_uint8(made)), source, tools, texts)
         assert seen is not None
         columns.append(dict(seen))
         if texts is not None:
@@ -401,10 +401,14 @@ def measure_batch(
     )
 
 
-def _observe(
-    image: Tensor, source: Tensor, tools: Tools, texts: Tensor | None
-) -> dict[str, Tensor]:
-    """Everything about outputs that does not depend on their class; (B, …) each."""
+def observe(image: Tensor, source: Tensor, tools: Tools, texts: Tensor | None) -> dict[str, Tensor]:
+    """Everything about outputs that does not depend on their class, by measure, (B, …) each.
+
+    Args:
+        image, source: (B, 3, S, S) in [-1, 1].
+        tools: what measures, on their device.
+        texts: embeddings of the candidates, for their cosines; None leaves these out.
+    """
     seen = {name: distance(image, source) for name, distance in tools.distances.items()}
     seen["saturation"] = saturation(image)
     for i, channel in enumerate(CHANNELS):

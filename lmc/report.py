@@ -23,7 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lmc.evaluate import Folder, Outputs, translated
+from lmc.evaluate import Folder, Outputs, Tools, observe, translated
 from lmc.files import write_text
 from lmc.images import ImageBatch, from_uint8, to_uint8
 from lmc.metrics import rmse
@@ -31,7 +31,9 @@ from lmc.release import load_translator
 from lmc.results import DISTANCES, digest_of, pixel_digest
 from lmc.tables import MEASURES, candidates_text, class_table, measures_table
 
-SAME = 5e-3  # RMSE between an output's distance to its source now and when it was measured
+# How far what is measured of an output may be from what it was: another device rounds otherwise.
+SAME = 5e-3
+SESSION_KEYS = {"seconds", "to_step", "processes", "hardware", "commit", "dirty", "versions"}
 POINTS = 150  # of a training curve; more steps are averaged
 LARGEST_PNG = 128  # pixels; larger pictures are embedded as JPEG
 # What of a run's scalars is shown, and what it is; of stage two and of stage one.
@@ -73,7 +75,7 @@ class Run:
     @property
     def translator(self) -> bool:
         """Whether it is of stage two."""
-        return "train/l2" in self.curves
+        return any(tag in self.curves for tag in TRANSLATOR_CURVES if tag != "train/loss")
 
 
 def is_run(path: str) -> bool:
@@ -95,13 +97,20 @@ def read_run(folder: Path) -> Run:
     about = folder / "about.json"
     try:
         sessions = json.loads(about.read_text())["sessions"] if about.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(each.keys() >= SESSION_KEYS for each in sessions):
+            raise KeyError("a session lacks a key")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{about} is not what a training writes: move it away") from error
     events = EventAccumulator(str(folder), {"scalars": 0, "images": 1, "tensors": 1}).Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
-        points = events.Scalars(tag)
-        curves[tag] = ([x.step for x in points], [x.value for x in points])
+        points: dict[int, float] = {}
+        for point in events.Scalars(tag):
+            # A run that went on from a checkpoint did the steps after it again.
+            while points and next(reversed(points)) >= point.step:
+                points.popitem()
+            points[point.step] = point.value
+        curves[tag] = (list(points), list(points.values()))
     return Run((folder / "config.yaml").read_text(), sessions, curves)
 
 
@@ -170,12 +179,14 @@ def _translate(
     made = {}
     for name in result["settings"]["classes"]:
         made[name] = to_uint8(outputs(keys, sources, name))
-        then = torch.tensor(about["per_image"]["rmse"][name][: len(keys)])
-        if (rmse(from_uint8(made[name]), sources) - then).abs().max() > SAME:
-            raise ValueError(
-                f"the outputs of {path} are no longer those measured as {row!r}: evaluate "
-                "again, or leave the pictures out (--pictures 0)"
-            )
+        now = observe(from_uint8(made[name]), sources, Tools({"rmse": rmse}), None)
+        for measure, values in about["per_image"].items():
+            then = torch.tensor(values[name][: len(keys)])
+            if measure in now and not ((now[measure] - then).abs() <= SAME).all():
+                raise ValueError(
+                    f"the outputs of {path} to {name} are no longer those measured as {row!r} "
+                    f"({measure}): evaluate again, or leave the pictures out (--pictures 0)"
+                )
     return made
 
 
@@ -376,7 +387,10 @@ def _plot(
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(labels)
         for name, (x, y) in curves.items():
-            axes.plot(x, y, label=name, marker="." if len(x) < 12 else "", **series.style(name))
+            style = series.style(name)
+            if legend:  # its own: no row of the page
+                style.pop("gid")
+            axes.plot(x, y, label=name, marker="." if len(x) < 12 else "", **style)
         axes.set(xscale=scales[0], yscale=scales[1])
         if legend:
             axes.legend(frameon=False, fontsize=9)
@@ -457,7 +471,7 @@ def _result_plots(
     settings, rows, source = result["settings"], result["rows"], result["source"]
     plots = {}
     distance = settings["distance"]
-    if settings["clip"]:
+    if settings["clip"] and names:
         points = {
             name: (rows[name]["summary"]["clip_score"], rows[name]["summary"][distance])
             for name in names

@@ -386,8 +386,10 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
     if against is not None and against not in rows:
         raise ValueError(f"no row {against!r} to compare against; there are {', '.join(rows)}")
     known = found["differences"]
+    lines = [line for each in results.values() for line in each["left_out"]]
     return {
         **found,
+        "left_out": list(dict.fromkeys(lines)),
         "rows": rows,
         "differences": {
             name: known[name]

@@ -411,6 +411,15 @@ def damage(out: Path, run: str, change: Callable[[dict], object]) -> None:
     torch.save(state, file)
 
 
+def test_all_losses_fail(world, trained, tmp_path):
+    obstacle = tmp_path / "obstacle"
+    obstacle.write_text("[0]")
+    out = tmp_path / "out"
+    said = message(*args(world, out, f"failing_loss.While:file={obstacle}", "--seeds", "0"))
+    assert "1 trainings failed" in said
+    assert "seed 0 failed" in (out / "report.html").read_text()
+
+
 def test_a_run_that_cannot_be_measured(world, trained, copy):
     """Weights that diverged, a checkpoint of nothing known: the others have rows and pictures."""
     before = results(copy)

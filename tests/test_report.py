@@ -187,6 +187,8 @@ def test_plots_are_of_the_result_and_in_the_pages_colours(world, runs, tmp_path)
     assert "#fd000" not in text and "#fe00" not in text
     spectrum = re.search(r"Average power spectrum</figcaption>(<svg .*?</svg>)", text, re.S)
     assert spectrum
+    corrector = text[text.index("corrector: L_k of the corrector") :]
+    assert "var(--s1)" in corrector and "data-series" not in corrector[: corrector.index("<h2")]
     for i in range(3):
         assert f'data-series="{i}"' in spectrum[1] and f"var(--s{i})" in spectrum[1]
 
@@ -202,6 +204,17 @@ def test_runs_say_how_they_were_made(world, runs, tmp_path):
         "not recorded",
     ):
         assert words in text
+
+
+def test_steps_done_again_are_shown_once(tmp_path):
+    """A run that was killed at step 9 and went on from its checkpoint of step 4."""
+    (tmp_path / "config.yaml").write_text("")
+    for number, steps in enumerate((range(10), range(5, 8))):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as writer:
+            for step in steps:
+                writer.add_scalar("train/l2", 100 * number + step, step)
+    expected = ([*range(8)], [0, 1, 2, 3, 4, 105, 106, 107])
+    assert read_run(tmp_path).curves["train/l2"] == expected
 
 
 def test_curves_are_read_and_thinned(runs):
@@ -224,11 +237,15 @@ def test_prompts_lose_the_words_they_share():
 def test_results_are_put_together(world, tmp_path):
     evaluate(world, "one", out="first.json", images="")
     evaluate(world, "two", out="second.json", images="")
+    second = json.loads((world / "second.json").read_text())
+    second["left_out"].append("kid, fid left out: of the second alone")
+    (world / "second.json").write_text(json.dumps(second))
     out = tmp_path / "report.html"
     files = [str(world / x) for x in ("first.json", "second.json")]
     main(["report", *files, "--against", "two", "--pictures", "2", "--out", str(out)])
     text = out.read_text()
     assert "Differences to two" in text
+    assert "of the second alone" in text and text.count("lpips left out") == 1
     both = combine({x: json.loads(Path(x).read_text()) for x in files}, "two")
     cell = both["differences"]["one"]["summary"]["rmse"]
     assert f"{cell['value']:+.3f} <small>[{cell['low']:+.3f}, {cell['high']:+.3f}]</small>" in text
@@ -265,6 +282,21 @@ def test_pictures_of_something_else_are_refused(world, tmp_path):
     shutil.copytree(world, copy)
     evaluate(copy, *NAMES)
     results, out = str(copy / "results.json"), str(tmp_path / "report.html")
+    # As far from their sources as those that were measured, but in green instead of red.
+    batch = next(iter(heldout(copy)))
+
+    def write(channel: int) -> None:
+        for name in ("dog", "bear"):
+            (copy / "shifted" / name).mkdir(parents=True, exist_ok=True)
+            for key, image in zip(batch.key, batch.image.clone(), strict=True):
+                image[channel] -= 0.2 * image[channel].sign()
+                (copy / "shifted" / name / f"{key}.png").write_bytes(worlds.png(image))
+
+    write(0)
+    evaluate(copy, "one", out="shifted.json", images="shifted")
+    write(1)
+    said = message(str(copy / "shifted.json"), "--out", out)
+    assert "no longer those measured as 'shifted' (" in said and "rmse" not in said
     weights = copy / "two" / "model.safetensors"
     before = weights.read_bytes()
     torch.manual_seed(5)
@@ -322,9 +354,7 @@ def test_the_page_in_a_browser(browser, file, width):
     page.on("request", lambda it: it.url[:5] in ("data:", "file:") or wrong.append(it.url))
     page.goto(file.as_uri())
     # All pictures load, nothing is wider than the window.
-    sizes = page.evaluate(
-        "[...document.querySelectorAll('main img, .strip img')].map(x => x.naturalWidth)"
-    )
+    sizes = page.evaluate("[...document.querySelectorAll('.strip img')].map(x => x.naturalWidth)")
     assert sizes and set(sizes) == {16}
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     # A click enlarges a picture; the slider moves the edge between source and result.

@@ -189,11 +189,12 @@ def test_the_pictures_first_row_is_the_source(alone, data):
         assert (shown == ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).all()
 
 
-def test_alexnet_measures_where_it_is_and_fits(monkeypatch):
-    """Never under 31 pixels, where it has nothing left to pool."""
-    known = {"lpips": lambda image, source: rmse(image, source) + 1, "rmse": rmse}
-    monkeypatch.setattr(lmc.training.validation, "distances", lambda: {**known, "other": rmse})
-    for size, names in ((30, ["rmse"]), (31, ["lpips", "rmse"])):
+def test_alexnet_measures_where_it_is(monkeypatch):
+    def known(size: int) -> dict:
+        return {"lpips": rmse, "rmse": rmse, "other": rmse} if size == 64 else {"rmse": rmse}
+
+    monkeypatch.setattr(lmc.training.validation, "distances", known)
+    for size, names in ((63, ["rmse"]), (64, ["lpips", "rmse"])):
         assert list(load_tools(Validation(), size, torch.device("cpu")).distances) == names
 
 
@@ -305,6 +306,28 @@ def test_the_best_is_kept_over_resuming(tiny_prior_folder, data, clip, tmp_path,
     # It is broken: likewise.
     (tmp_path / "checkpoints" / "best.ckpt").write_bytes(b"broken")
     assert go_on(18, (0.05, 0.1)) == 18
+    # Of other images nothing compares with what was.
+    command.append("--model.validation.images=5")
+    assert go_on(20, (0.02, 0.1)) == 20
+    # The run begins anew: what an earlier one left is not its best.
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    assert go_on(2, (0.01, 0.1)) == 2
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    train_translator.main([*command, "--trainer.max_steps=1", "--trainer.limit_val_batches=0"])
+    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+def test_a_look_that_fails_after_the_last_step_loses_no_step(
+    tiny_prior_folder, data, clip, tmp_path, monkeypatch
+):
+    def fail(self, translator, batch):
+        raise ValueError("an output is not finite")
+
+    monkeypatch.setattr(Heldout, "add", fail)
+    more = ["--trainer.val_check_interval=3", "--trainer.max_steps=3", "--save_every=1000"]
+    with pytest.raises(ValueError, match="not finite"):
+        train_translator.main([*args(tiny_prior_folder, data, tmp_path, clip), *more])
+    assert last(tmp_path)["global_step"] == 3
 
 
 def test_two_processes_keep_one_best(two):
@@ -481,6 +504,12 @@ def test_about_has_an_entry_a_start(tiny_prior_folder, data, tmp_path, capsys):
         assert {"lmc", "python", "lightning", "diffusers", "transformers"} <= set(
             session["versions"]
         )
+    # Of a start that was killed before it saved anything nothing is in the weights.
+    lost = {**second, "from_step": 5, "to_step": 5}
+    (tmp_path / "about.json").write_text(json.dumps({"sessions": [first, second, lost]}))
+    train_bias.main([*command, "--trainer.max_steps=6"])
+    starts = [(x["from_step"], x["to_step"]) for x in sessions(tmp_path)]
+    assert starts == [(0, 3), (3, 5), (5, 6)]
     # A broken one stops nothing.
     for broken in ("{", '{"sessions": 3}', "[]"):
         (tmp_path / "about.json").write_text(broken)

@@ -28,12 +28,19 @@ def compare(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         sys.exit("lmc: stopped; the same command goes on")
     print(f"written: {out}/table.md, results.json, grid.png")
-    report.write([str(out)], out / "report.html")
+    problem = ""
+    try:
+        report.write([str(out)], out / "report.html")
+    except (OSError, ValueError) as error:  # what failed before it is to be said all the same
+        problem = f"report.html is not written: {error}"
+        print(problem, flush=True)
     if failed:
         sys.exit(
             f"lmc: {len(failed)} trainings failed, or could not be measured; the same command "
             "tries them again"
         )
+    if problem:
+        sys.exit(f"lmc: {problem}")
 
 
 def seeds(text: str) -> list[int]:

@@ -30,9 +30,13 @@ def write(
     paths = {name: result["rows"][name].get("path") for name in rows}
     folders = {name: path for name, path in paths.items() if path and is_run(path)}
     for folder in runs:
-        name = Path(folder).name
-        if Path(folders.setdefault(name, folder)) != Path(folder):
+        there = {Path(each).resolve() for each in folders.values()}
+        name = Path(folder).resolve().name
+        if Path(folder).resolve() in there:
+            continue
+        if name in folders:
             raise ValueError(f"two runs are named {name!r}: {folders[name]} and {folder}")
+        folders[name] = folder
     trainings = {name: read_run(Path(folder)) for name, folder in folders.items()}
     drawn = draw(result, _heldout(result), pictures, rows) if pictures else None
     write_report(out, result, trainings, drawn, seeds, title)

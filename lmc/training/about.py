@@ -38,8 +38,7 @@ class About(Callback):
             return
         step = trainer.global_step
         self.start = time.monotonic()
-        # Of a run that left no checkpoint nothing is in these weights.
-        earlier = self._read() if step else []
+        earlier = self._read(step)
         session = {
             "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": 0.0,
@@ -65,19 +64,17 @@ class About(Callback):
         """Note the end; the last checkpoint is written."""
         self.update(trainer)
 
-    def _read(self) -> list[dict[str, Any]]:
-        """The entries so far."""
+    def _read(self, step: int) -> list[dict[str, Any]]:
+        """The entries so far of which something is in the weights at `step`."""
         try:
             sessions = json.loads(self.file.read_text())["sessions"]
+            # Nothing is of a start that left no checkpoint, or only later ones.
+            return [x for x in sessions if x["from_step"] < min(x["to_step"], step)]
         except FileNotFoundError:  # of a run begun before there was such a file
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{self.file} cannot be read ({error!r}) and is begun anew", flush=True)
             return []
-        if not isinstance(sessions, list):
-            print(f"{self.file} has no list of sessions and is begun anew", flush=True)
-            return []
-        return sessions
 
     def _write(self) -> None:
         try:

@@ -39,6 +39,7 @@ class TrainingModule(LightningModule):
         paper_batch: the effective batch of the paper, over all processes.
         best_by: the held-out figures of which the greatest make best.ckpt, ties of the first broken
             by the next; none keeps no best.ckpt.
+        best_of: what they are measured with and on, of which only equals are compared.
         heldout_images: how many held-out images are looked at, the first in the shards' order;
             None is all.
 
@@ -53,6 +54,11 @@ class TrainingModule(LightningModule):
 
     paper_batch: ClassVar[int]
     best_by: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def best_of(self) -> str:
+        """See the class."""
+        return ""
 
     @property
     def heldout_images(self) -> int | None:

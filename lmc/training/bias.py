@@ -154,16 +154,19 @@ class CorrectorTraining(TrainingModule):
         # share the images.
         x = self.triplets(batch, *(key_generator(key, self.device) for key in batch.key))
         averaged: Any = self.averaged
-        b = averaged.correct(x.z, x.t, x.z_hat)
+        with torch.autocast(self.device.type, enabled=False):  # as the closed form always is
+            b = averaged.correct(x.z, x.t, x.z_hat)
         others = [other.correct(x.z, x.t, x.z_hat) for other in self.others.values()]
         self.errors.update(x.z, x.z_hat, b, *others, t=x.t)
         if batch_idx == 0 and self.trainer.is_global_zero:
             order = x.t.argsort()[:: max(1, len(x.t) // 8)]
             names = ("z", "z_hat", "b(z, t)")
-            rows = [self.prior.decode(part[order]) for part in (x.z, x.z_hat, b)]
-            times = ", ".join(f"{t:.2f}" for t in x.t[order].tolist())
-            sheet = labelled_grid({f"t = {times}": dict(zip(names, rows, strict=True))})
-            show(self, "z, z_hat, b(z, t) by t", "step", sheet)
+            # Stored latents can be trained on without the prior, but not decoded.
+            if self._samples_triplets() or not self.prior.latent:
+                rows = [self.prior.decode(part[order]) for part in (x.z, x.z_hat, b)]
+                times = ", ".join(f"{t:.2f}" for t in x.t[order].tolist())
+                sheet = labelled_grid({f"t = {times}": dict(zip(names, rows, strict=True))})
+                show(self, "z, z_hat, b(z, t) by t", "step", sheet)
             spectra = {
                 f"t = {t:.2f}": [power_spectrum(part[i : i + 1])[0] for part in (x.z, x.z_hat, b)]
                 for i, t in ((int(i), float(x.t[i])) for i in order[::3])

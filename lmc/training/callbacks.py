@@ -105,19 +105,21 @@ class SaveLast(Callback):
     ) -> None:
         """Save, where it is time to."""
         step = trainer.global_step
-        if step != self.saved and step % self.every == 0 and step > 0:
+        # The last step before its look at the held-out images, which may fail.
+        due = step % self.every == 0 or step == trainer.max_steps
+        if step != self.saved and due and step > 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, unless a non-finite gradient is in it."""
-        if trainer.global_step != self.saved and trainer.global_step > 0:
+        """Save the end, with its look, unless a non-finite gradient is in it."""
+        if trainer.global_step > 0:
             self.save(trainer)
 
 
 class SaveBest(Callback):
     """Keeps `best.ckpt`: of the validation with the greatest `TrainingModule.best_by`.
 
-    Where these figures are not measured there is none.
+    Where these figures are not measured there is none. A run that begins anew begins without one.
 
     Args:
         path: of the checkpoint.
@@ -126,6 +128,15 @@ class SaveBest(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.best: list[float] | None = None  # the figures of best.ckpt
+        self.of = ""  # what they were measured with and on
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the best of an earlier run in this folder, or of another measure."""
+        assert isinstance(pl_module, TrainingModule)
+        if trainer.global_step == 0 and trainer.is_global_zero:
+            self.path.unlink(missing_ok=True)
+        if self.of != pl_module.best_of:
+            self.best, self.of = None, pl_module.best_of
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, if this one was the best so far."""
@@ -142,7 +153,7 @@ class SaveBest(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The figures of the best so far."""
-        return {"best": self.best}
+        return {"best": self.best, "of": self.of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best so far: that of best.ckpt itself.
@@ -152,7 +163,8 @@ class SaveBest(Callback):
         """
         try:
             there = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            self.best = there["callbacks"][self.state_key]["best"]
+            state = there["callbacks"][self.state_key]
+            self.best, self.of = state["best"], state["of"]
         except (FileNotFoundError, UnpicklingError, RuntimeError, EOFError, KeyError):
             self.best = None
 

@@ -117,6 +117,11 @@ class TranslatorTraining(TrainingModule):
         return self.network
 
     @property
+    def best_of(self) -> str:
+        """See `TrainingModule`."""
+        return f"{self.validation.clip}, {self.validation.images} images"
+
+    @property
     def heldout_images(self) -> int:
         """See `TrainingModule`."""
         return self.validation.images
