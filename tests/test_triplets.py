@@ -572,3 +572,15 @@ def test_latents_are_read_back_as_float16_stored_them(data, tmp_path):
     batch = next(iter(TripletStream(f"{tmp_path}/train-*.tar", 4, training=True)))
     assert batch.z.shape == (4, 4, 16, 16)
     assert np.array_equal(batch.z.half().float(), batch.z)
+
+
+def test_stored_latents_are_trained_on_without_the_prior(family_folder, data, tmp_path):
+    """Its VAE neither: their pictures are left out, their spectra are not."""
+    folder = family_folder("sd15")
+    main(command(write_config(tmp_path / "c.yaml", folder, data), tmp_path / "set"))
+    run = tmp_path / "run"
+    stored = [f"--data.{x}={tmp_path}/set/{x}-*.tar" for x in ("train", "heldout")]
+    train_bias.main([*worlds.bias_args(folder, data, run), *stored])
+    assert last(run)["global_step"] == 4
+    names = {file.name.split("_")[0] for file in (run / "validation").iterdir()}
+    assert names == {"spectra"}
