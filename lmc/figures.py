@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
+# Under the axes: names of losses may be long, and there may be a dozen.
+LEGEND: Any = {"loc": "outside lower center", "ncols": 3, "fontsize": 8}
+
 
 def grid(*rows: Tensor, gap: int = 2) -> Tensor:
     """Rows of equally sized pictures as one.
@@ -91,14 +94,14 @@ def curves_figure(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.items():
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", label=name)
         for x, y, label in points:
             axes.annotate(label, (x, y), (3, 3), textcoords="offset points", fontsize=7)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend()
+    figure.legend(**LEGEND)
     return figure
 
 
@@ -111,7 +114,7 @@ def statistics_figure(spectra: Mapping[str, Tensor], histograms: Mapping[str, Te
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, spectrum in spectra.items():
         left.loglog(range(1, len(spectrum) + 1), spectrum.float().cpu(), label=name)
@@ -120,7 +123,7 @@ def statistics_figure(spectra: Mapping[str, Tensor], histograms: Mapping[str, Te
         right.semilogy(centres, histogram.float().cpu().clamp_min(1e-7), label=name)
     left.set(xlabel="cycles per image", ylabel="power")
     right.set(xlabel="vertical derivative", ylabel="share")
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), **LEGEND)
     return figure
 
 
