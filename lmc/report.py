@@ -198,9 +198,9 @@ def write_report(
     file: Path,
     result: Mapping[str, Any],
     runs: Mapping[str, Run],
+    title: str,
     pictures: Pictures | None = None,
     seeds: Sequence[Sequence[str]] = (),
-    title: str = "Score distillation, measured",
 ) -> None:
     """Write the page.
 
@@ -208,9 +208,9 @@ def write_report(
         file: to write.
         result: see docs/evaluation.md.
         runs: the trainings; one with a row's name has that row's colour.
+        title: of the page.
         pictures: see `draw`.
         seeds: a table over several seeds, rows of cells, the first the headings.
-        title: of the page.
     """
     settings, rows = result["settings"], result["rows"]
     names = [name for name in rows if name != "source"]
@@ -263,7 +263,7 @@ def _endings(prompts: Sequence[str]) -> list[str]:
 
 
 def _blocks(result: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
-    """By class, by row ('source' first): each picture's address and caption."""
+    """'sources', their addresses; 'classes', by class and row each output's address and caption."""
     sources = [_embedded(image) for image in pictures.sources]
     blocks: dict[str, Any] = {}
     for name in result["settings"]["classes"]:

@@ -39,7 +39,7 @@ def write(
         folders[name] = folder
     trainings = {name: read_run(Path(folder)) for name, folder in folders.items()}
     drawn = draw(result, _heldout(result), pictures, rows) if pictures else None
-    write_report(out, result, trainings, drawn, seeds, title)
+    write_report(out, result, trainings, title, drawn, seeds)
     size = out.stat().st_size / 1e6
     print(f"written: {out} ({size:.1f} MB; one file, to be opened in a browser)")
 
