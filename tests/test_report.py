@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused(world, runs, tmp_path):
     broken = shutil.copytree(runs / "another", tmp_path / "broken")
     (broken / "about.json").write_text("[]")
     for args, why in (
-        ([str(world / "nothing.json")], "No such file"),
+        ([str(world / "nothing.json")], "no such file or folder"),
         ([str(world / "one" / "config.json")], "no result of lmc evaluate"),
         ([str(runs)], "no finished comparison"),
         ([results, results], "the same is named twice"),

@@ -23,9 +23,10 @@ def write(
     title: str = TITLE,
 ) -> None:
     """Write the page and say so; the arguments are the command's."""
+    result, seeds = _result(results, against)
+    # After it: these take seconds, and a misspelt file is named before.
     from lmc.report import draw, is_run, read_run, write_report
 
-    result, seeds = _result(results, against)
     rows = [name for name in result["rows"] if name != "source"]
     paths = {name: result["rows"][name].get("path") for name in rows}
     folders = {name: path for name, path in paths.items() if path and is_run(path)}
@@ -46,13 +47,17 @@ def write(
 
 def _result(names: Sequence[str], against: str | None) -> tuple[dict[str, Any], list[list[str]]]:
     """All results as one, and the table over seeds where there is one."""
-    from lmc.compare import read_comparison
+    for name in names:
+        if not Path(name).exists():
+            raise FileNotFoundError(f"no such file or folder: {name}")
     from lmc.results import combine, read_result
 
     results: dict[str, dict[str, Any]] = {}
     seeds: list[list[str]] = []
     for name in names:
         if Path(name).is_dir():
+            from lmc.compare import read_comparison
+
             results[name], seeds = read_comparison(Path(name))
         else:
             results[name] = read_result(Path(name))
