@@ -141,8 +141,8 @@ class ScoreDistillation(ABC):
         time = time or self.time
         if self.needs_shared_time and not time.shared:
             raise ValueError(
-                f"the loss {self.name!r} needs one t for the whole batch: draw it by a schedule "
-                f"such as FallingTime, not by {type(time).__name__}"
+                f"the loss {self.name!r} needs one t for the whole batch: FallingTime, or "
+                f"UniformTime with shared: true, not {type(time).__name__} as given"
             )
         return time
 

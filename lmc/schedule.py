@@ -6,7 +6,7 @@ float64 out. Image tensors are (B, C, H, W); `alpha_t` and `sigma_t` are (B, 1, 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class TimeSchedule(ABC):
         ValueError: it is no interval within [0, 1].
     """
 
-    shared: ClassVar[bool] = False
+    shared: bool = False
 
     def __init__(self, time_range: tuple[float, float] = TIME_RANGE) -> None:
         self.time_range = check_time_range(time_range)
@@ -132,14 +132,29 @@ class TimeSchedule(ABC):
 
 
 class UniformTime(TimeSchedule):
-    """t ~ U(time_range), for each sample its own."""
+    """t ~ U(time_range).
+
+    Args:
+        time_range: t stays in it.
+        shared: one t for the whole batch, in place of one for each sample.
+
+    Raises:
+        ValueError: it is no interval within [0, 1].
+    """
+
+    def __init__(
+        self, time_range: tuple[float, float] = TIME_RANGE, shared: bool = False
+    ) -> None:
+        super().__init__(time_range)
+        self.shared = shared
 
     def draw(
         self, count: int, progress: float, generator: torch.Generator, dtype: torch.dtype
     ) -> Tensor:
         low, high = self.time_range
-        t = torch.rand(count, generator=generator, device=generator.device, dtype=dtype)
-        return low + (high - low) * t
+        drawn = 1 if self.shared else count
+        t = torch.rand(drawn, generator=generator, device=generator.device, dtype=dtype)
+        return (low + (high - low) * t).repeat(count // drawn)
 
 
 class FallingTime(TimeSchedule):

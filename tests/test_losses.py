@@ -457,12 +457,12 @@ def test_sdi_refuses_a_time_for_each_sample(prior):
     with pytest.raises(ValueError, match=r"one t for the whole batch, got \[0\.03, 0\.4, "):
         SDI()(prior, inputs(prior))
     assert prior.calls == 0
-    with pytest.raises(ValueError, match="such as FallingTime, not by UniformTime"):
+    with pytest.raises(ValueError, match="shared: true, not UniformTime as given"):
         SDI().choose_time(UniformTime())
     assert isinstance(SDI().choose_time(None), FallingTime)
     assert isinstance(SDS().choose_time(None), UniformTime)
-    given = FallingTime()
-    assert SDI().choose_time(given) is given and SDS().choose_time(given) is given
+    for given in (FallingTime(), UniformTime(shared=True)):
+        assert SDI().choose_time(given) is given and SDS().choose_time(given) is given
 
 
 def test_pds_refuses_a_flow_prior_by_name(prior):

@@ -209,6 +209,15 @@ def test_uniform_times_fill_their_range_whatever_the_progress():
     assert draw(UniformTime()).unique().numel() == 4
 
 
+def test_a_shared_uniform_time_is_one_for_all_and_another_at_the_next_draw():
+    times = [draw(UniformTime((0.2, 0.6), shared=True), seed=seed) for seed in range(2000)]
+    assert all(t.shape == (4,) and t.unique().numel() == 1 for t in times)
+    first = torch.stack([t[0] for t in times])
+    assert 0.2 <= first.min() < 0.201 and 0.599 < first.max() <= 0.6
+    # The deviation of the mean of 2000 is 0.4 / √(12 · 2000) = 0.0026.
+    assert first.mean().item() == pytest.approx(0.4, abs=5 * 0.0026)
+
+
 def test_falling_time_is_one_for_all_and_falls_linearly_within_its_range():
     for progress in (0.0, 0.25, 0.5, 0.995):
         wanted = min(max(1 - progress, 0.02), 0.98)
