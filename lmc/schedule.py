@@ -142,9 +142,7 @@ class UniformTime(TimeSchedule):
         ValueError: it is no interval within [0, 1].
     """
 
-    def __init__(
-        self, time_range: tuple[float, float] = TIME_RANGE, shared: bool = False
-    ) -> None:
+    def __init__(self, time_range: tuple[float, float] = TIME_RANGE, shared: bool = False) -> None:
         super().__init__(time_range)
         self.shared = shared
 

@@ -266,6 +266,20 @@ def test_bad_numbers_are_named(tiny_prior_folder, data, tmp_path, untrained, opt
     assert wanted in message(train_translator.main, [*command, "--dry-run"])
 
 
+def test_a_key_that_is_there_twice_ends_it_before_training(
+    tiny_prior_folder, data, tmp_path, untrained
+):
+    """Among the images that are looked at; twelve are in a shard."""
+    for name in ("a", "b"):
+        shutil.copy(f"{data}/heldout-00000.tar", tmp_path / f"{name}.tar")
+    more = [f"--data.heldout={tmp_path}/*.tar", "--model.validation.images=13"]
+    said = message(
+        train_translator.main, args(tiny_prior_folder, data, tmp_path / "run", None, *more)
+    )
+    assert said.startswith(f"data.heldout {tmp_path}/*.tar: ") and "the key 01000 twice" in said
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 # ---------------------------------------------------------------------------------------------
 # The best checkpoint
 

@@ -1,5 +1,6 @@
 """Shards as a LightningDataModule that can be taken up again at any step."""
 
+import itertools
 from typing import Any
 
 import torch.distributed
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lmc.images import ImageBatch, ImageStream, ShardStream
+from lmc.results import check_keys
 from lmc.training.processes import shield_worker
 from lmc.triplets import TripletBatch, TripletStream, triplet_origin
 
@@ -50,10 +52,21 @@ class ImageData(LightningDataModule):
         """Find the shards and read a sample of each split.
 
         Raises:
-            FileNotFoundError, ValueError: see `ImageStream`.
+            FileNotFoundError, ValueError: see `ImageStream`; or two of the held-out images the
+                model measures have one key.
         """
         for shards in (self.train, self.heldout):
             self._stream(shards, training=False).check()
+        # What the first look at them would find, after hours.
+        heldout = self._stream(self.heldout, training=False)
+        if heldout.limit is not None:
+            looked_at = itertools.islice(heldout.samples(heldout.urls), heldout.limit)
+            try:
+                check_keys([sample["__key__"] for sample in looked_at])
+            except ValueError as error:
+                raise ValueError(
+                    f"data.heldout {self.heldout}: {error}; prepare it with a key for each image"
+                ) from error
 
     def origins(self) -> list[dict[str, Any] | None]:
         """Of the training and the held-out shards: see `lmc.triplets.triplet_origin`."""
