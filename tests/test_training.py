@@ -1,5 +1,6 @@
 """Both training scripts, run for real on a tiny world: resume, EMA, errors, checkpoints."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import UNet2DConditionModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,10 +19,11 @@ import train_translator
 from lmc import losses
 from lmc.priors import DiffusersPrior
 from lmc.release import load_averaged, release
+from lmc.specs import LOSSES
 from lmc.training.base import NonFiniteGradient, StepDecay
 from lmc.training.callbacks import AtomicCheckpointIO
-from lmc.training.cli import TrainingCLI
-from lmc.training.translator import Ramp
+from lmc.training.cli import ConfigReader, TrainingCLI
+from lmc.training.translator import Ramp, TranslatorTraining
 
 import worlds
 
@@ -377,6 +380,20 @@ def test_configs_build_their_training(
                 "translator": StepDecay(5e-5, 0.9, 50_000),
             }[script]
         )
+
+
+def test_another_loss_keeps_its_own_defaults():
+    """The parser takes over what a configuration says of its own loss, where both have it."""
+    for which in CONFIGS.keys() - {"demo"}:
+        file = ROOT / "configs" / "translator" / f"{which}.yaml"
+        said = yaml.safe_load(file.read_text())["model"]["loss"]["init_args"]
+        for name, loss in LOSSES.items():
+            known = inspect.signature(loss).parameters
+            for option in (said.keys() & known.keys()) - {"guidance_scale", "corrector"}:
+                assert known[option].default == said[option], (which, name, option)
+    args = [f"--config={ROOT}/configs/translator/paper.yaml", "--model.loss=SDI"]
+    sdi = ConfigReader(TranslatorTraining).read(args)["model"]["loss"]["init_args"]
+    assert sdi["chain_alpha"] is False and sdi["guidance_scale"] == 15
 
 
 def test_every_config_is_tested():
