@@ -1,6 +1,5 @@
 """The translator trained with one loss after another at equal steps and seeds, and measured."""
 
-import hashlib
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from lmc.corrector import BiasCorrector
 from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
 from lmc.figures import labelled_grid
 from lmc.files import whole, write_text
@@ -39,7 +39,26 @@ COLUMNS = {
     "evaluations_per_image": ("evaluations per image and step", ".0f"),
     "seconds": ("seconds of training", ".0f"),
 }
+# Of a configuration's model: what every loss of a comparison has of its own.
+OF_EACH = ("loss", "time")
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the configurations of a comparison, one a loss, were found to hold.
+
+    Attributes:
+        prior: theirs.
+        prompts: of every loss.
+        negative: the negative prompts, by label of the losses that have one.
+        correctors: `BiasCorrector.digest`, by the name the losses give, such as a folder.
+    """
+
+    prior: Prior
+    prompts: Sequence[str]
+    negative: Mapping[str, str]
+    correctors: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -106,11 +125,11 @@ def compare(
     if seeds is None:
         own = common["seed_everything"]
         seeds = [own if type(own) is int else 0]
-    prior, prompts, negative = _check(configs)
+    checked = _check(configs)
     model = Clip(clip, device)
     say("embedding the prompts that are not in the cache yet")
-    _embed(prior, prompts, negative)
-    losses = _claim(out, configs)
+    _embed(checked)
+    losses = _claim(out, configs, checked)
     named = [_run(out, spec, seed, configs[spec.label]) for spec in specs for seed in seeds]
     failed = _train(named, base, jobs, say)
     runs = _recorded(out, losses, common, named)
@@ -156,7 +175,7 @@ def read_comparison(out: Path) -> tuple[dict[str, Any], list[list[str]]]:
         seed = next((seed for seed, row in seeds.items() if "failed" not in row), None)
         if seed is None:
             continue
-        folder = out / Spec(label, "", {}).folder() / f"seed{seed}"
+        folder = out / Spec(label, "").folder() / f"seed{seed}"
         measured = json.loads((folder / "evaluation.json").read_text())["measured"]
         row = measured["rows"][f"{label} seed {seed}"]
         found[label] = {**measured, "rows": {label: {**row, "path": str(folder)}}}
@@ -184,10 +203,10 @@ def _recorded(
 ) -> list[Run]:
     """The runs named this time and those finished before, in the order of comparison.json."""
     runs: list[Run] = []
-    for label, loss in losses.items():
+    for label, own in losses.items():
         here = {run.seed: run for run in named if run.spec.label == label}
-        config = {**common, "model": {**common["model"], "loss": loss}}
-        spec = Spec(label, loss["class_path"], {})
+        config = {**common, "model": {**common["model"], **own}}
+        spec = Spec(label, own["loss"]["class_path"])
         for folder in (out / spec.folder()).glob("seed*"):
             seed = folder.name.removeprefix("seed")
             if seed.isdecimal() and _steps_done(folder) >= common["trainer"]["max_steps"]:
@@ -221,16 +240,13 @@ def _configure(reader: ConfigReader, spec: Spec, args: Sequence[str]) -> dict[st
         raise ValueError(f"the loss {spec.label!r}: {' '.join(str(error).split())}") from error
 
 
-def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dict[str, str]]:
-    """Find out what is wrong with the configurations, by loss, as far as it needs no weights.
-
-    Returns:
-        The prior, the prompts of every loss, and the negative ones of those that have one.
-    """
+def _check(configs: Mapping[str, dict[str, Any]]) -> Checked:
+    """Find out what is wrong with the configurations, by label, as far as it needs no weights."""
     seen: dict[str, str] = {}
     negative: dict[str, str] = {}
+    correctors: dict[str, BiasCorrector] = {}
     for label, config in configs.items():
-        same = seen.setdefault(json.dumps(config["model"]["loss"]), label)
+        same = seen.setdefault(json.dumps([config["model"][name] for name in OF_EACH]), label)
         if same != label:
             raise ValueError(
                 f"the losses {same!r} and {label!r} are one and the same with this configuration"
@@ -242,6 +258,8 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dic
             raise ValueError(f"the loss {label!r}: {error}") from error
         if loss.negative_prompt is not None:
             negative[label] = loss.negative_prompt
+        if isinstance(corrector := getattr(loss, "corrector", None), BiasCorrector):
+            correctors[label] = corrector
     config = next(iter(configs.values()))
     if config["trainer"]["max_steps"] < 1:
         raise ValueError("trainer.max_steps must say how many steps to train")
@@ -250,17 +268,25 @@ def _check(configs: Mapping[str, dict[str, Any]]) -> tuple[Prior, list[str], dic
     for split in ("train", "heldout"):
         data = config["data"]
         ImageStream(data[split], data["image_size"], 1, training=False).check()
-    return prior, model.prompts, negative
+    digests = {}
+    for label, corrector in correctors.items():
+        try:
+            corrector.check_prior(prior.identity)
+        except ValueError as error:
+            raise ValueError(f"the loss {label!r}: {error}") from error
+        digests[_corrector_name(configs[label]["model"]["loss"])] = corrector.digest()
+    return Checked(prior, model.prompts, negative, digests)
 
 
-def _embed(prior: Prior, prompts: Sequence[str], negative: Mapping[str, str]) -> None:
+def _embed(checked: Checked) -> None:
     """Embed all prompts into the cache, so that no training loads a text encoder of its own.
 
     Raises:
         ValueError: the prior, a class-conditional one, does not know a prompt; says whose it is.
     """
+    prior, negative = checked.prior, checked.negative
     try:
-        prior.embed([*prompts, *negative.values()])
+        prior.embed([*checked.prompts, *negative.values()])
         return
     except ValueError as error:
         # Whose it was is asked then only: all in one call load the text encoder once.
@@ -281,46 +307,38 @@ def _time(config: dict[str, Any] | None) -> TimeSchedule | None:
         raise ValueError(f"model.time: {error}") from error
 
 
-def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _claim(out: Path, configs: Mapping[str, dict[str, Any]], checked: Checked) -> dict[str, Any]:
     """Note in the folder what is compared there, and refuse the comparison of something else.
 
+    What never made a step, as where a training fails at once, stands in nothing's way.
+
     Returns:
-        All losses that are compared there, of earlier times too.
+        All losses that are compared there, of earlier times too: OF_EACH by label.
     """
     file = out / "comparison.json"
     first = next(iter(configs.values()))
     apart = ("run", "seed_everything")
-    here: dict[str, Any] = {key: value for key, value in first.items() if key not in apart}
+    config: dict[str, Any] = {key: value for key, value in first.items() if key not in apart}
     # What is looked at while training changes nothing of what is trained.
-    of_each = ("loss", "validation")
-    here["model"] = {key: value for key, value in first["model"].items() if key not in of_each}
-    here = {"config": here, "losses": {k: c["model"]["loss"] for k, c in configs.items()}}
-    here["correctors"] = _correctors(here["losses"])
+    not_shared = (*OF_EACH, "validation")
+    config["model"] = {k: value for k, value in first["model"].items() if k not in not_shared}
+    here: dict[str, Any] = {
+        "config": config,
+        "prior": checked.prior.identity,
+        "losses": {k: {name: c["model"][name] for name in OF_EACH} for k, c in configs.items()},
+        "correctors": checked.correctors,
+    }
     if file.exists():
         there = json.loads(file.read_text())
-        shared = here["losses"].keys() & there["losses"].keys()
-        old, new = (
-            dict(_flat({**x["config"], **{key: x["losses"][key] for key in sorted(shared)}}))
-            for x in (there, here)
-        )
-        different = [
-            f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
-        if different:
-            raise ValueError(
-                f"{out} holds the comparison of another configuration: {'; '.join(different[:5])}. "
-                "Name another folder (--out)"
-            )
-        correctors = there.get("correctors", {})  # absent from those of an older version
-        for name, digest in here["correctors"].items():
-            if correctors.get(name, digest) != digest:
-                raise ValueError(
-                    f"{out} holds the comparison of another corrector: the weights at {name} "
-                    "have changed since. Name another folder (--out)"
-                )
-        here["losses"] = there["losses"] | here["losses"]
+        begun = [label for label in there["losses"] if _begun(out, label)]
+        if begun:
+            _check_same(out, there, here, begun)
+        else:
+            (out / "source" / "evaluation.json").unlink(missing_ok=True)  # of other images, maybe
+        losses = {label: there["losses"][label] for label in begun}
+        names = {_corrector_name(own["loss"]) for own in losses.values()}
+        correctors = {name: x for name, x in there["correctors"].items() if name in names}
+        here["losses"] = losses | here["losses"]
         here["correctors"] = correctors | here["correctors"]
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is there and is no comparison: name another folder (--out)")
@@ -329,15 +347,56 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return here["losses"]
 
 
-def _correctors(losses: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """SHA-256 of the weights of the correctors that are local folders, by folder."""
-    names = {str((loss.get("init_args") or {}).get("corrector")) for loss in losses.values()}
-    files = {name: Path(name) / "model.safetensors" for name in sorted(names)}
-    return {
-        name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for name, file in files.items()
-        if file.exists()
-    }
+def _corrector_name(loss: Mapping[str, Any]) -> str:
+    """What the configuration of a loss calls its corrector."""
+    return str((loss.get("init_args") or {}).get("corrector"))
+
+
+def _begun(out: Path, label: str) -> bool:
+    """Whether a training with this loss has made a step."""
+    return any(_steps_done(folder) > 0 for folder in (out / Spec(label, "").folder()).glob("seed*"))
+
+
+def _check_same(
+    out: Path, there: Mapping[str, Any], here: Mapping[str, Any], begun: Sequence[str]
+) -> None:
+    """Refuse to go on in `out` with something else than is there.
+
+    Args:
+        there, here: contents of comparison.json.
+        begun: labels of the losses there that have made a step.
+
+    Raises:
+        ValueError: another configuration, prior, or loss or corrector of the same name.
+    """
+    both = [label for label in begun if label in here["losses"]]
+    old, new = (
+        dict(_flat({**x["config"], **{label: x["losses"][label] for label in both}}))
+        for x in (there, here)
+    )
+    different = [
+        f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{out} holds the comparison of another configuration: {'; '.join(different[:5])}. "
+            "Name another folder (--out)"
+        )
+    used = {_corrector_name(there["losses"][label]["loss"]) for label in begun}
+    changed = [
+        f"the corrector {name}"
+        for name, digest in here["correctors"].items()
+        if name in used and there["correctors"][name] != digest
+    ]
+    if there["prior"] != json.loads(json.dumps(here["prior"])):
+        changed.append("the prior's weights")
+    if changed:
+        raise ValueError(
+            f"{out} holds the comparison of something else of the same name: {', '.join(changed)} "
+            "changed since. Name another folder (--out)"
+        )
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

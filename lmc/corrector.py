@@ -4,6 +4,7 @@
 triplets, and `IdentityCorrector` corrects nothing; all three are used alike.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -95,6 +96,14 @@ class BiasCorrector(nn.Module, ABC):
             statistics: in place of the corrector's own.
         """
         return normalise(self(z, t), z_hat, statistics or self.statistics)
+
+    def digest(self) -> str:
+        """SHA-256 of what it corrects by: its kind, statistics and weights."""
+        digest = hashlib.sha256(f"{type(self).__name__} {self.statistics}".encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def check_prior(self, identity: Mapping[str, Any]) -> None:
         """Refuse any prior but the one this corrector was made for.

@@ -6,13 +6,14 @@ import hashlib
 import importlib
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jsonargparse
 
 from lmc import losses
 from lmc.losses import ScoreDistillation
+from lmc.schedule import TimeSchedule
 
 # Every loss of lmc.losses by its name.
 LOSSES: dict[str, type[ScoreDistillation]] = {
@@ -30,18 +31,36 @@ class Spec:
         label: the text itself.
         class_path: of the loss.
         options: of its constructor, by name, in place of the configuration's.
+        time: how t is drawn, in place of the configuration's way: a class of lmc.schedule as
+            'time', its options as 'time.KEY'. Empty where nothing is said of it.
     """
 
     label: str
     class_path: str
-    options: dict[str, str]
+    options: dict[str, str] = field(default_factory=dict)
+    time: dict[str, str] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
         """The same as arguments of the training."""
         return [
             f"--model.loss={self.class_path}",
             *(f"--model.loss.{key}={value}" for key, value in self.options.items()),
+            *(f"--model.{key}={value}" for key, value in self.time.items()),
         ]
+
+    def schedule(self) -> TimeSchedule | None:
+        """How t is drawn, where the spec says so.
+
+        Raises:
+            ValueError: there is no such schedule, or it refuses its options.
+        """
+        if not self.time:
+            return None
+        options = {k.removeprefix("time."): v for k, v in self.time.items() if k != "time"}
+        try:
+            return build(TimeSchedule, {"class_path": self.time["time"], "init_args": options})
+        except ValueError as error:
+            raise ValueError(f"the loss {self.label!r}: time: {error}") from error
 
     def folder(self) -> str:
         """The label as the name of a folder, another for every label."""
@@ -92,6 +111,8 @@ def instantiate(parser: Any, parsed: Any) -> Any:
 def parse_specs(text: str | None) -> list[Spec]:
     """Losses separated by commas, each `name[:key=value]*`; one with a comma in quotes.
 
+    A key is an option of the loss, or `time` and `time.KEY`: a schedule for t and its options.
+
     Args:
         text: None is every loss of lmc.losses.
 
@@ -117,18 +138,28 @@ def parse_spec(label: str) -> Spec:
     Raises:
         ValueError: see `parse_specs`.
     """
-    name, *parts = re.split(r":(?=\w+=)", label)  # a value may have colons
+    name, *parts = re.split(r":(?=[\w.]+=)", label)  # a value may have colons
     loss = LOSSES.get(name) or _import(name)
     known = list(inspect.signature(loss).parameters)
     options: dict[str, str] = {}
+    time: dict[str, str] = {}
     for part in parts:
         key, _, value = part.partition("=")
-        if key not in known:
-            raise ValueError(f"the loss {name!r} has no {key!r}; it has {', '.join(known)}")
-        if key in options:
+        its = time if key.partition(".")[0] == "time" else options
+        if its is options and key not in known:
+            raise ValueError(f"the loss {name!r} has no {key!r}; it has {', '.join(known)}, time")
+        if key in its:
             raise ValueError(f"the loss {label!r} has {key!r} twice")
-        options[key] = value
-    return Spec(label, f"{loss.__module__}.{loss.__qualname__}", options)
+        its[key] = _unquoted(value)
+    if time and "time" not in time:
+        raise ValueError(f"the loss {label!r}: name the schedule first: time=UniformTime")
+    return Spec(label, f"{loss.__module__}.{loss.__qualname__}", options, time)
+
+
+def _unquoted(value: str) -> str:
+    """Without quotes around the whole, such as '' for an empty text."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
 
 
 def _import(name: str) -> type[ScoreDistillation]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from test_evaluate import build_clip_folder
 from torch.utils.data import DataLoader
@@ -203,6 +204,7 @@ def test_refused_specs(text, words):
     [
         (None, [], "the loss 'lmc'.*required: corrector"),
         ("lmc:corrector=no/such/at", [], "the loss 'lmc:corrector=no/such/at'.*no/such/at"),
+        ("lmc:corrector=ANOTHERS", [], "the loss 'lmc:.*valid for the prior it was trained on"),
         ("sds:guidance_scale=x", [], "the loss 'sds:guidance_scale=x'.*float"),
         ("sds:guidance_scale=-1", [], "must not be negative"),
         ("cond,sds,sds:guidance_scale=5", [], "'sds' and 'sds:guidance_scale=5' are one"),
@@ -217,6 +219,9 @@ def test_refused_specs(text, words):
 )
 def test_refused_before_anything_is_trained(world, trained, tmp_path, losses, more, words):
     out = tmp_path / "out"
+    if losses and "ANOTHERS" in losses:
+        Corrector(3, [8, 8], prior={"digest": "another"}).save_pretrained(tmp_path / "corrector")
+        losses = losses.replace("ANOTHERS", str(tmp_path / "corrector"))
     assert re.search(words, message(*args(world, out, losses, *more, config="SDS")), re.DOTALL)
     assert not trained and not out.exists()
 
@@ -381,7 +386,9 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     said = message(*args(world, out, "cond", "--", "--trainer.max_steps=5"))
     assert "trainer.max_steps is 4 there and 5 here" in said and "--out" in said
     said = message(*args(world, out, "cond", "--", "--model.loss.guidance_scale=6"))
-    assert "cond.init_args.guidance_scale is 5.0 there and 6.0 here" in said
+    assert "cond.loss.init_args.guidance_scale is 5.0 there and 6.0 here" in said
+    said = message(*args(world, out, "cond", "--", *TIME[:1]))
+    assert "cond.time" in said and "UniformTime" in said
     main(args(world, out, "cond", "--seeds", "2"))
     assert not trained
 
@@ -487,7 +494,7 @@ def test_what_was_finished_before_is_kept(world, trained, copy):
     assert Image.open(copy / "grid.png").size[1] == (1 + 3 * 2) * (16 + 2) + 4 * 18
 
 
-def test_a_corrector_trained_again_is_another(world, trained, tiny_prior_folder, tmp_path):
+def test_a_corrector_made_again_is_another(world, trained, tiny_prior_folder, tmp_path):
     """At the same path; results of the old one stay what they are."""
     identity = DiffusersPrior(str(tiny_prior_folder)).identity
     at, out = tmp_path / "corrector", tmp_path / "out"
@@ -495,20 +502,68 @@ def test_a_corrector_trained_again_is_another(world, trained, tiny_prior_folder,
     Corrector(3, [8, 8], prior=identity).save_pretrained(at)
     main(command)
     trained.clear()
-    # Written again with the same weights it is the same; so is one of a comparison without digests.
-    Corrector.from_pretrained(at).save_pretrained(at)
+    first = Corrector.from_pretrained(at)
+    first.save_pretrained(at)  # written again, it is the same
     main(command)
-    record = json.loads((out / "comparison.json").read_text())
-    del record["correctors"]
-    (out / "comparison.json").write_text(json.dumps(record))
-    main(command)
-    Corrector(3, [8, 8], prior=identity).save_pretrained(at)
     kept = (out / "comparison.json").read_text()
-    for losses in (f"lmc:corrector={at}", f"lmc:corrector={at}:guidance_scale=2"):
-        said = message(*args(world, out, losses, "--", "--trainer.max_steps=1"))
-        assert f"the weights at {at} have changed" in said and "--out" in said
+    other = Corrector(3, [8, 8], statistics="none", prior=identity)
+    other.load_state_dict(first.state_dict())
+    for corrector in (Corrector(3, [8, 8], prior=identity), other):
+        shutil.rmtree(at)
+        corrector.save_pretrained(at)
+        for losses in (f"lmc:corrector={at}", f"lmc:corrector={at}:guidance_scale=2"):
+            said = message(*args(world, out, losses, "--", "--trainer.max_steps=1"))
+            assert f"the corrector {at} changed since" in said and "--out" in said
     assert not trained and (out / "comparison.json").read_text() == kept
     main(args(world, out, "cond", "--", "--trainer.max_steps=1"))  # which has no corrector
+
+
+def test_another_prior_at_the_same_path(world, trained, tiny_prior_folder, tmp_path):
+    prior, out = tmp_path / "prior", tmp_path / "out"
+    shutil.copytree(tiny_prior_folder, prior)
+    more = ["--", "--trainer.max_steps=1", f"--model.prior.init_args.pretrained={prior}"]
+    main(args(world, out, "cond", *more))
+    trained.clear()
+    unet = UNet2DConditionModel.from_pretrained(prior / "unet")
+    with torch.no_grad():
+        next(unet.parameters()).mul_(1.05)
+    unet.save_pretrained(prior / "unet")
+    said = message(*args(world, out, "sds", *more))
+    assert "the prior's weights changed since" in said and not trained
+
+
+def test_what_never_made_a_step_is_in_nothings_way(world, trained, tmp_path):
+    """All fail at once: then other data will do. One does: then it may become another itself."""
+    out, obstacle = tmp_path / "out", tmp_path / "obstacle"
+    obstacle.write_text("[3]")
+    failing = f"failing_loss.While:file={obstacle}:at=1"
+    message(*args(world, out, failing, "--", "--trainer.max_steps=1"))
+    assert json.loads((out / "results.json").read_text())["source"]["images"] == 24
+    more = ["--", "--trainer.max_steps=2", f"--data.heldout={world}/shards/heldout-00000.tar"]
+    message(*args(world, out, f"sds,{failing}", *more))
+    assert results(out)["sds"]["3"]["steps"] == 2
+    assert json.loads((out / "results.json").read_text())["source"]["images"] == 12
+    obstacle.unlink()
+    trained.clear()
+    main(args(world, out, f"sds,{failing}", *more))
+    assert trained == [f"{failing} seed 3"]
+
+
+def test_a_schedule_of_one_loss(world, trained, tmp_path):
+    """Beside another loss with its own; the same loss with another schedule is another."""
+    out, more = tmp_path / "out", ["--", "--trainer.max_steps=1"]
+    uniform = "sdi:time=UniformTime:time.shared=true"
+    main(args(world, out, f"sds,sdi,{uniform}", *more))
+    times = {}
+    for label in ("sds", "sdi", uniform):
+        run = out / parse_specs(label)[0].folder() / "seed3" / "config.yaml"
+        times[label] = yaml.safe_load(run.read_text())["model"]["time"]
+    assert times["sds"] is None and times["sdi"] is None
+    assert times[uniform]["init_args"]["shared"] is True
+    said = message(*args(world, tmp_path / "no", "sds,sdi:time=UniformTime", *more))
+    assert "the loss 'sdi:time=UniformTime'" in said and "shared: true" in said
+    main(args(world, out, "sds", *more))
+    assert set(results(out)) == {"sds", "sdi", uniform}
 
 
 def test_seed_and_folder_by_default(world, trained, tmp_path, monkeypatch):

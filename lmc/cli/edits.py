@@ -238,15 +238,9 @@ def _file_digest(file: str) -> str:
 
 
 def _corrector_digest(loss: ScoreDistillation) -> str | None:
-    """SHA-256 of the kind, statistics and weights of the loss's corrector, if it has one."""
+    """`BiasCorrector.digest` of the loss's corrector, if it has one."""
     corrector = getattr(loss, "corrector", None)
-    if not isinstance(corrector, BiasCorrector):
-        return None
-    digest = hashlib.sha256(f"{type(corrector).__name__} {corrector.statistics}".encode())
-    for name, value in sorted(corrector.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return corrector.digest() if isinstance(corrector, BiasCorrector) else None
 
 
 def _edits_job(
