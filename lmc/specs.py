@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,13 +109,13 @@ def instantiate(parser: Any, parsed: Any) -> Any:
     return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
 
 
-def parse_specs(text: str | None) -> list[Spec]:
+def parse_specs(text: str | Sequence[str] | None) -> list[Spec]:
     """Losses separated by commas, each `name[:key=value]*`; one with a comma in quotes.
 
     A key is an option of the loss, or `time` and `time.KEY`: a schedule for t and its options.
 
     Args:
-        text: None is every loss of lmc.losses.
+        text: or the losses one by one; None is every loss of lmc.losses.
 
     Raises:
         ValueError: a loss or a key that is not known (says which are), or one loss twice.
@@ -122,7 +123,11 @@ def parse_specs(text: str | None) -> list[Spec]:
     if text is None:
         labels = list(LOSSES)
     else:
-        labels = [label.strip() for label in next(csv.reader([text], skipinitialspace=True), [])]
+        # One by one they need no quotes.
+        parts = (
+            next(csv.reader([text], skipinitialspace=True), []) if isinstance(text, str) else text
+        )
+        labels = [label.strip() for label in parts]
     specs = [parse_spec(label) for label in labels]
     if not specs:
         raise ValueError(f"no loss is named; known are {', '.join(LOSSES)}")

@@ -147,6 +147,13 @@ def test_translate_says_what_is_wrong_before_any_work(world, inputs, tmp_path, c
     assert "no config.json" in message(inputs[0], network="shards")
 
 
+@pytest.mark.parametrize("device", ["cpuu", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_said_in_a_line(inputs, tmp_path, capsys, device):
+    command = ("translate", inputs[0], "--translator=none", f"--out={tmp_path}/out")
+    said = error(capsys, *command, f"--device={device}")
+    assert said.startswith(f"lmc: device '{device}' cannot be used here: ")
+
+
 def test_inputs_of_one_name_do_not_overwrite_each_other(world, inputs, tmp_path):
     """a/wide.png and b/wide.png: both are written, or it is an error."""
     other = tmp_path / "b" / "wide.png"

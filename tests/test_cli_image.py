@@ -126,6 +126,27 @@ def test_synthesis_writes_pictures_their_progression_and_its_settings(synthesize
     assert "diversity" not in json.loads((again / "results.json").read_text())
 
 
+def test_numbers_and_lists_may_be_written_as_yaml_has_them(synthesize, edits, tmp_path):
+    config = tmp_path / "more.yaml"
+    for seeds, names in (
+        ("3", {"seed-3"}),
+        ("[4, 5]", {"seed-4", "seed-5"}),
+        ("6,7", {"seed-6", "seed-7"}),
+    ):
+        config.write_text(f"seeds: {seeds}\n")
+        out = tmp_path / names.copy().pop()
+        main([*synthesize, f"--config={config}", f"--out={out}"])
+        assert {file.stem for file in out.glob("seed-*.png")} == names
+    config.write_text("losses: [sds, 'nfsd:negative_prompt=a, b']\nguidance_scales: 5\n")
+    listed = [arg for arg in edits if not arg.startswith(("--losses", "--guidance_scales"))]
+    main([*listed, f"--config={config}"])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {label: list(scales) for label, scales in found.items()} == {
+        "sds": ["5"],
+        "nfsd:negative_prompt=a, b": ["5"],
+    }
+
+
 def test_a_folder_keeps_its_result(synthesize, tmp_path):
     main(synthesize)
     before = (tmp_path / "out" / "seed-0.png").read_bytes()
@@ -197,6 +218,11 @@ def test_bad_input_of_synthesis_and_editing(synthesize, edit, world, tmp_path, f
     assert "snapshot_every must be at least 1" in error(*synthesize, "--snapshot_every=0")
     assert "seeds: 1 comes twice" in error(*synthesize, "--seeds=1,2,1")
     assert "seeds must be numbers" in error(*synthesize, "--seeds=one")
+    assert "seeds: there are none" in error(*synthesize, "--seeds=[]")
+    assert "seeds must be in [0, 2^63)" in error(*synthesize, f"--seeds={2**63}")
+    for command in (synthesize, edit):
+        said = error(*command, "--device=cpuu")
+        assert "device 'cpuu' cannot be used here: Expected one of cpu, cuda" in said
     assert "size must be at least 8" in error(*synthesize, "--size=4")
     assert "has none" in error(*synthesize, "--parametrisation=latents")
     assert "--sede" in error(*synthesize, "--sede=1")

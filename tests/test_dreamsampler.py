@@ -347,11 +347,14 @@ def files(tmp_path: Path) -> dict[str, Path]:
     pixels = draw(3, 16, 20).float().clamp(-1, 1)
     half = -torch.ones(3, 16, 20)
     half[:, 4:12, 6:12] = 1
+    smeared = half * 0.9 + 0.05 * draw(1, 16, 20).float().clamp(-1, 1)  # as a JPEG's, nearly clean
     images = {
         "photo": pixels,
         "mask": half,
         "other": half[:, :, :16],
+        "smeared": smeared,
         "empty": -torch.ones(3, 16, 20),
+        "full": 0.9 * torch.ones(3, 16, 20),
         "small": pixels[:, :4, :4],
     }
     paths = {name: tmp_path / f"{name}.png" for name in (*images, "broken")}
@@ -370,7 +373,7 @@ def arguments(prior: Path, task: str, image: Path, out: Path, *more: str) -> lis
 
 
 def test_commands(tiny_prior_folder, files, tmp_path, capsys):
-    """Each writes its pictures and numbers, and its own config.yaml gives the same again."""
+    """Each writes its pictures and numbers, and its own settings.yaml gives the same again."""
     for task, more in {
         "edit": ["--prompt=a photo of a dog", "--source_prompt=a cat", "--sampler.eta=0.5"],
         "inpaint": [f"--mask={files['mask']}", "--noise=0.1"],
@@ -378,19 +381,41 @@ def test_commands(tiny_prior_folder, files, tmp_path, capsys):
         "deblur": ["--sigma=1"],
     }.items():
         out, again = tmp_path / task, tmp_path / f"{task}-again"
-        main(arguments(tiny_prior_folder, task, files["photo"], out, "--seeds=[3,5]", *more))
+        main(arguments(tiny_prior_folder, task, files["photo"], out, "--seeds=3,5", *more))
         beside = ["source"] if task == "edit" else ["measurement", "original"]
         pictures = {f"{name}.png" for name in (*beside, "result-3", "result-5")}
-        assert {path.name for path in out.iterdir()} == {*pictures, "config.yaml", "results.json"}
+        assert {path.name for path in out.iterdir()} == {*pictures, "settings.yaml", "results.json"}
         printed = capsys.readouterr()
         assert "3/3" in printed.err and "sampling" in printed.err
         results = json.loads((out / "results.json").read_text())
         assert len(results.get("result_psnr", [])) == (0 if task == "edit" else 2)
         assert ("measurement_psnr" in printed.out) == (task != "edit")
-        main(["dreamsampler", task, f"--config={out}/config.yaml", f"--out={again}"])
+        main(["dreamsampler", task, f"--config={out}/settings.yaml", f"--out={again}"])
         for name in pictures:
             assert (out / name).read_bytes() == (again / name).read_bytes()
         assert (out / "result-3.png").read_bytes() != (out / "result-5.png").read_bytes()
+
+
+def test_a_mask_need_not_be_clean(tiny_prior_folder, files, tmp_path):
+    for name in ("mask", "smeared"):
+        out, mask = tmp_path / name, f"--mask={files[name]}"
+        main(arguments(tiny_prior_folder, "inpaint", files["photo"], out, mask))
+    one, other = (
+        (tmp_path / name / "measurement.png").read_bytes() for name in ("mask", "smeared")
+    )
+    assert one == other
+
+
+def test_another_result_is_not_written_over(tiny_prior_folder, files, tmp_path):
+    """The same again is; of the refused one nothing is written."""
+    deblur = arguments(tiny_prior_folder, "deblur", files["photo"], tmp_path / "out")
+    main([*deblur, "--seeds=[7, 8]"])
+    kept = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    main([*deblur, "--seeds=[7, 8]"])
+    for other in ([*deblur, "--seeds=7"], [*deblur, "--sigma=1"]):
+        with pytest.raises(SystemExit, match="holds another result"):
+            main(other)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == kept
 
 
 def test_a_measurement_of_ones_own(tiny_prior_folder, files, tmp_path, capsys):
@@ -433,6 +458,7 @@ def test_bad_input_is_found_before_weights_are_loaded(
     assert "no such file: gone.png" in message(*edit, "--image=gone.png")
     assert "16 x 16 pixels, image" in message("inpaint", mask("other"))
     assert "no white" in message("inpaint", mask("empty"))
+    assert "leaves nothing of the image" in message("inpaint", mask("full"))
     assert "broken.png" in message("inpaint", mask("broken"))
     assert "guidance_scale must not be negative" in message(*edit, "--sampler.guidance_scale=-1")
     assert "steps must be at least 1" in message(*edit, "--sampler.steps=0")
@@ -445,7 +471,9 @@ def test_bad_input_is_found_before_weights_are_loaded(
     assert "leave it 0 if measured" in message("deblur", "--noise=1", "--measured=true")
     assert "gamma must be in [0, 1)" in message("deblur", "--gamma=1")
     assert "seeds differ only by fresh noise" in message(*edit, "--seeds=[0,1]")
-    assert "seeds must be different" in message("deblur", "--seeds=[1,1]")
+    assert "seeds: 1 comes twice" in message("deblur", "--seeds=[1,1]")
+    assert "seeds must be in [0, 2^63), got -1" in message("deblur", "--seeds=-1")
+    assert "device 'cpuu' cannot be used here" in message("deblur", "--device=cpuu")
     flow = family_folder("sd35")
     assert f"{flow} is a flow prior" in message(*edit, prior=flow)
     classes = family_folder("dit")

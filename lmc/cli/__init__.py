@@ -190,6 +190,21 @@ def _stage_one(file: Path) -> dict[str, Any]:
     return config
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that cannot be used, before anything is loaded.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or no torch for it
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {why}") from error
+
+
 def at_least_one(text: str) -> int:
     """A number of something, from the command line."""
     if int(text) < 1:
@@ -330,6 +345,8 @@ def main(args: Sequence[str] | None = None) -> None:
             dreamsampler(args[1:])
             return
         given = parser().parse_args(args)
+        if "device" in given:
+            check_device(given.device)
         given.run_command(given)
     except (OSError, ValueError, FloatingPointError, ImportError) as error:
         sys.exit(f"lmc: {error}")

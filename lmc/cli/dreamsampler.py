@@ -3,7 +3,6 @@
 A command is a dataclass, so that every knob is a typed key of the command line and of a YAML.
 """
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
-from lmc.cli.shared import save_image
+from lmc.cli import check_device
+from lmc.cli.shared import RECORD, RESULTS, check_out, parse_seeds, save_image
 from lmc.dreamsampler import (
     AveragePooling,
     Canvas,
@@ -34,6 +34,7 @@ from lmc.dreamsampler import (
 from lmc.files import write_text
 from lmc.images import decode_image, middle_square
 from lmc.priors import Embedding, Prior
+from lmc.results import write_json
 from lmc.specs import instantiate
 
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
@@ -46,10 +47,11 @@ class Task(ABC):
     Args:
         prior: a variance-preserving prior.
         image: file; its middle square is taken, resized to the prior's resolution.
-        out: folder to write the PNGs, config.yaml and results.json into.
+        out: folder to write the PNGs, settings.yaml and results.json into; the same command again
+            does it again, another result is refused.
         prompt: of the result; '' is none.
         sampler: the algorithm's knobs.
-        seeds: a result each, all in one batch.
+        seeds: a result each, with commas; all in one batch.
         device: cpu, cuda, …
     """
 
@@ -58,8 +60,11 @@ class Task(ABC):
     out: str
     prompt: str
     sampler: DreamSampler
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] | int | str = 0
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.each_seed = parse_seeds(self.seeds)
 
     @abstractmethod
     def check(self) -> None:
@@ -83,31 +88,30 @@ class Task(ABC):
 
     def __call__(self, settings: str) -> None:
         """Do it and write the files; `settings` is the YAML written beside them."""
+        out = Path(self.out)
+        check_device(self.device)
         check_prior(self.prior)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}")
         self.check()
+        check_out(out, settings)
         base, target = (
-            self.prior.embed([prompt]).expand(len(self.seeds)).to(self.device)
+            self.prior.embed([prompt]).expand(len(self.each_seed)).to(self.device)
             for prompt in (self.base_prompt(), self.prompt)
         )
-        out = Path(self.out)
-        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / RECORD, settings)
         self.prior.to(self.device)
         images, others = self.sample(base, target)
-        names = {f"result-{s}": x for s, x in zip(self.seeds, images, strict=True)}
+        names = {f"result-{s}": x for s, x in zip(self.each_seed, images, strict=True)}
         for name, image in (others | names).items():
             save_image(image, out / f"{name}.png")
         results = self.results(images.cpu())
-        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-        write_text(out / "config.yaml", settings)
+        write_json(out / RESULTS, results)
         for name, value in results.items():
             print(f"{name}: {value}")
         print(f"wrote {out}")
 
     def generators(self) -> list[torch.Generator]:
         """One a seed."""
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        return [torch.Generator().manual_seed(seed) for seed in self.each_seed]
 
     def read(self, file: str, size: int) -> Tensor:
         """The middle square of an image file, (1, 3, size, size) in [-1, 1]."""
@@ -129,7 +133,7 @@ class Edit(Task):
     )
 
     def check(self) -> None:
-        if len(self.seeds) > 1 and self.sampler.eta == 0:
+        if len(self.each_seed) > 1 and self.sampler.eta == 0:
             raise ValueError("seeds differ only by fresh noise: give one, or sampler.eta above 0")
         self.photo = self.read(self.image, self.prior.image_size)
 
@@ -137,7 +141,7 @@ class Edit(Task):
         return self.source_prompt
 
     def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
-        count = len(self.seeds)
+        count = len(self.each_seed)
         photo = self.photo.to(self.device).repeat(count, 1, 1, 1)
         with torch.no_grad():
             z = self.prior.encode(photo)
@@ -212,7 +216,7 @@ class InverseProblem(Task):
 
     def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
         size = self.prior.image_size
-        grey = torch.zeros(len(self.seeds), 3, size, size, device=self.device)
+        grey = torch.zeros(len(self.each_seed), 3, size, size, device=self.device)
         with torch.no_grad():
             canvas = Canvas(self.prior, self.prior.encode(grey))
         penalty = DataConsistency(self.a, self.y.to(self.device), self.weight)
@@ -248,7 +252,8 @@ class Inpaint(InverseProblem):
     """Fill in what a mask marks.
 
     Args:
-        mask: image file of the image's size; white is to be filled in, black is kept.
+        mask: image file of the image's size; what is lighter than mid grey is to be filled in,
+            the rest is kept.
     """
 
     mask: str
@@ -261,10 +266,14 @@ class Inpaint(InverseProblem):
                 f"mask {self.mask} is {mask_w} x {mask_h} pixels, image {self.image} {w} x {h}: "
                 "they must be of one size"
             )
+        # Nearly white is white, nearly black is black: files of photos' formats are never clean.
+        white = (_decode(self.mask).mean(0) > 0).float()[None, None]
         # Known is only what no white pixel was resized into.
-        unknown = self.read(self.mask, size)[0].mean(0) > -0.99
+        unknown = middle_square(white, size)[0, 0] > 0.005
         if not unknown.any():
             raise ValueError(f"mask {self.mask} has no white to be filled in")
+        if unknown.all():
+            raise ValueError(f"mask {self.mask} leaves nothing of the image: black is what is kept")
         return Inpainting(~unknown)
 
 

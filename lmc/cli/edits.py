@@ -51,9 +51,9 @@ def edit_list(
     list: Path,
     clip: str,
     out: Path,
-    losses: str = "lmc,sds,dds,nfsd",
+    losses: list[str] | str = "lmc,sds,dds,nfsd",
     corrector: str | None = None,
-    guidance_scales: str = "1,5,15,30,100",
+    guidance_scales: list[float] | float | str = "1,5,15,30,100",
     statistics_scale: float = 5.0,
     size: int = 256,
     settings: Comparison = Comparison(),  # noqa: B008

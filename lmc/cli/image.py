@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmc.cli import check_device
 from lmc.cli.edits import edit_list
 from lmc.cli.shared import (
     RECORD,
@@ -25,6 +26,7 @@ from lmc.cli.shared import (
     Progress,
     check_out,
     parse_numbers,
+    parse_seeds,
     read_image,
     save_image,
     save_whole,
@@ -58,7 +60,7 @@ def synthesize(
     loss: ScoreDistillation,
     prompt: str,
     out: Path,
-    seeds: str = "0",
+    seeds: list[int] | int | str = 0,
     size: int = 512,
     settings: Synthesis = Synthesis(),  # noqa: B008
     time: TimeSchedule | None = None,
@@ -85,7 +87,7 @@ def synthesize(
         snapshot_every: steps from one picture of the progression to the next.
         device: cpu, cuda, …
     """
-    numbers = parse_numbers(seeds, "seeds", int)
+    numbers = parse_seeds(seeds)
     if size < 8:
         raise ValueError(f"size must be at least 8 pixels, got {size}")
     start = grey(len(numbers), size)
@@ -109,7 +111,7 @@ def edit(
     prompt: str,
     out: Path,
     source_prompt: str | None = None,
-    seeds: str = "0",
+    seeds: list[int] | int | str = 0,
     size: int | None = None,
     settings: Editing = Editing(),  # noqa: B008
     time: TimeSchedule | None = None,
@@ -137,7 +139,7 @@ def edit(
         snapshot_every: steps from one picture of the progression to the next.
         device: cpu, cuda, …
     """
-    numbers = parse_numbers(seeds, "seeds", int)
+    numbers = parse_seeds(seeds)
     source = read_image(image)[None]
     if size is not None:
         source = _resize_shorter(source, size)
@@ -252,7 +254,7 @@ def gradients(
     prompt: str,
     corrector: str,
     out: Path,
-    t: str = "0.2,0.5,0.8",
+    t: list[float] | float | str = "0.2,0.5,0.8",
     guidance_scale: float = 15.0,
     seed: int = 0,
     device: str = "cpu",
@@ -350,6 +352,7 @@ def main(command: str, args: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     given.pop("config", None)
+    check_device(given.device)
     kept = {} if function is gradients else {"record": parser.dump(given, skip_none=False)}
     function(**kept, **vars(instantiate(parser, given)))
 

@@ -129,22 +129,40 @@ def check_out(out: Path, record: str) -> None:
             )
 
 
-def parse_numbers(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Comma-separated numbers, each once.
+def parse_numbers(
+    given: Sequence[float] | float | str, option: str, kind: Callable[[Any], Any]
+) -> list[Any]:
+    """One or several numbers, each once.
 
     Args:
-        text: such as '0,1,2'.
+        given: such as '0,1,2', or a number or a list of them, as a YAML may have.
         option: that they are of, for messages.
         kind: int or float.
 
     Raises:
-        ValueError: not numbers, or one that comes twice.
+        ValueError: not numbers, none, or one that comes twice.
     """
+    parts = str(given).split(",") if isinstance(given, str | int | float) else given
     try:
-        numbers = [kind(part) for part in str(text).split(",")]
+        numbers = [kind(part) for part in parts]
     except ValueError:
-        raise ValueError(f"{option} must be numbers with commas, got {text!r}") from None
+        raise ValueError(f"{option} must be numbers with commas, got {given!r}") from None
+    if not numbers:
+        raise ValueError(f"{option}: there are none")
     for number in numbers:
         if numbers.count(number) > 1:
             raise ValueError(f"{option}: {number} comes twice")
     return numbers
+
+
+def parse_seeds(given: Sequence[int] | int | str) -> list[int]:
+    """Seeds, see `parse_numbers`.
+
+    Raises:
+        ValueError: see there; or one that no generator takes.
+    """
+    seeds = parse_numbers(given, "seeds", int)
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seeds must be in [0, 2^63), got {seed}")
+    return seeds
