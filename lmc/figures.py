@@ -1,6 +1,7 @@
 """Pictures for people who look: grids of images, plots of spectra, curves and gradients."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,25 @@ def curves_figure(
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
+    looks = _looks(curves)
     for name, points in curves.items():
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", label=name)
+        places = [x for x, _, _ in points], [y for _, y, _ in points]
+        axes.plot(*places, marker="o", label=name, **looks[name])
         for x, y, label in points:
             axes.annotate(label, (x, y), (3, 3), textcoords="offset points", fontsize=7)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.legend(**LEGEND)
     return figure
+
+
+def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and dashes of each curve, no two alike among thirty; 'source' is black."""
+    pairs = itertools.cycle(itertools.product(("-", "--", ":"), range(10)))
+    others = ({"color": f"C{color}", "linestyle": dashes} for dashes, color in pairs)
+    return {
+        name: {"color": "black", "linestyle": "-"} if name == "source" else next(others)
+        for name in names
+    }
 
 
 def statistics_figure(spectra: Mapping[str, Tensor], histograms: Mapping[str, Tensor]) -> Any:
@@ -116,11 +129,13 @@ def statistics_figure(spectra: Mapping[str, Tensor], histograms: Mapping[str, Te
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
+    looks = _looks(spectra)
     for name, spectrum in spectra.items():
-        left.loglog(range(1, len(spectrum) + 1), spectrum.float().cpu(), label=name)
+        cycles = range(1, len(spectrum) + 1)
+        left.loglog(cycles, spectrum.float().cpu(), label=name, **looks[name])
     for name, histogram in histograms.items():
         centres = (torch.arange(len(histogram)) + 0.5) / len(histogram) * 2 - 1
-        right.semilogy(centres, histogram.float().cpu().clamp_min(1e-7), label=name)
+        right.semilogy(centres, histogram.float().cpu().clamp_min(1e-7), **looks[name])
     left.set(xlabel="cycles per image", ylabel="power")
     right.set(xlabel="vertical derivative", ylabel="share")
     figure.legend(*left.get_legend_handles_labels(), **LEGEND)

@@ -173,23 +173,31 @@ def test_ssim_agrees_with_scikit_image():
     assert one_minus_ssim(image[:1], image[:1]).shape == (1,)
 
 
+def test_a_bin_of_the_derivative_histogram_is_three_levels_of_8_bits():
+    """The 255 steps from -127 to 127 levels, one each, fill all bins alike."""
+    levels = torch.arange(-127, 128)
+    pairs = torch.stack([torch.zeros(255), levels]) * 2 / 255
+    histogram = derivative_histogram(pairs[None, None])
+    assert torch.allclose(histogram, torch.full((85,), 1 / 85), atol=1e-6)
+
+
 def test_the_derivative_histogram_of_a_ramp_is_one_bin():
-    """Steps of 0.1 downwards; sideways ones do not count. Bins are 2/101 wide."""
+    """Steps of 0.1 downwards; sideways ones do not count. Bins are 2/85 wide."""
     down = torch.linspace(-1, 1, 21)[:, None].expand(1, 3, 21, 5)
     histogram = derivative_histogram(down)
-    assert histogram.shape == (101,)
-    assert histogram.argmax() == math.floor(1.1 * 101 / 2) and histogram.max() == 1
-    assert derivative_histogram(down.mT).argmax() == 50
+    assert histogram.shape == (85,)
+    assert histogram.argmax() == math.floor(1.1 * 85 / 2) and histogram.max() == 1
+    assert derivative_histogram(down.mT).argmax() == 42
     assert derivative_histogram(2 * random(2, 3, 8, 8)).sum().item() == pytest.approx(1)
 
 
 def test_derivatives_are_counted_per_image_as_numpy_does():
     images = random(3, 3, 9, 7)
     counts = derivative_counts(images)
-    assert counts.shape == (3, 101)
+    assert counts.shape == (3, 85)
     for image, mine in zip(images.numpy(), counts.numpy(), strict=True):
         steps = np.clip(np.diff(image, axis=1), -1, 1)
-        expected, _ = np.histogram(steps, 101, (-1, 1))
+        expected, _ = np.histogram(steps, 85, (-1, 1))
         assert (mine == expected).all() and mine.sum() == 3 * 8 * 7
     together = counts.sum(0) / counts.sum()
     torch.testing.assert_close(derivative_histogram(images), together.float())
