@@ -420,6 +420,8 @@ def test_bad_input_of_a_list(edits, world, tmp_path):
     assert "batch_size" in error(*edits, "--batch_size=0")
     assert "patches of 21" in error(*edits, "--settings.patch_range=[16,21]")
     assert not (tmp_path / "out").exists()
+    said = error(*edits, f"--clip={tmp_path}/gone")
+    assert f"no such folder: {tmp_path}/gone (CLIP, as --clip" in said
 
 
 CONFIGS = [
