@@ -283,6 +283,65 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
     assert "made with something else (seed)" in error(*args, "--seed=8")
 
 
+@pytest.fixture
+def drawn(monkeypatch) -> dict[str, list]:
+    """What the figures were drawn from: their functions' arguments by name, the last command's."""
+    import lmc.figures
+
+    given: dict[str, list] = {}
+
+    def noting(name: str) -> None:
+        draw = getattr(lmc.figures, name)
+        monkeypatch.setattr(
+            lmc.figures, name, lambda *args: (given.update({name: args}), draw(*args))[1]
+        )
+
+    noting("curves_figure")
+    noting("statistics_figure")
+    return given
+
+
+def test_figures_keep_what_earlier_commands_measured(edits, tmp_path, drawn):
+    def curves() -> dict[str, list[str]]:
+        return {name: [scale for *_, scale in x] for name, x in drawn["curves_figure"][0].items()}
+
+    main([*edits, "--losses=test_cli_image.OwnLMC,cond", "--corrector=identity"])
+    before = curves(), [*drawn["statistics_figure"][0]]
+    assert before[1] == ["source", "test_cli_image.OwnLMC", "cond"]
+    # The user's own loss is of a module that is gone.
+    out = tmp_path / "out"
+    text = (out / "results.json").read_text()
+    (out / "results.json").write_text(text.replace("test_cli_image.OwnLMC", "gone.Loss"))
+    (out / "images" / "test_cli_image.OwnLMC").rename(out / "images" / "gone.Loss")
+    main([*edits, "--losses=sds", "--guidance_scales=10,5"])
+    assert curves() == {
+        "gone.Loss": ["2", "5"],
+        "cond": ["2", "5"],
+        "sds": ["5", "10"],
+        "source": [""],
+    }
+    main([*edits, "--losses=cond", "--guidance_scales=2", "--statistics_scale=2"])
+    assert [*curves()] == ["gone.Loss", "cond", "sds", "source"]
+    assert [*drawn["statistics_figure"][0]] == ["source", "gone.Loss", "cond"]
+
+
+def test_a_loss_that_failed_is_drawn_in_the_order_it_was_measured(
+    edits, monkeypatch, drawn, tmp_path
+):
+    def failing(*_, **__):
+        raise FloatingPointError("not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmc.cli.edits, "optimize", failing)
+        with pytest.raises(SystemExit, match="failed: sds at 2, sds at 5"):
+            main([*edits, "--losses=sds"])
+    assert [*drawn["curves_figure"][0]] == ["source"]
+    main([*edits, "--losses=cond"])
+    main([*edits, "--losses=sds,cond"])
+    assert [*drawn["curves_figure"][0]] == ["cond", "sds", "source"]
+    assert [*drawn["statistics_figure"][1]] == ["source", "cond", "sds"]
+
+
 def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
     (tmp_path / "text.yaml").write_text("only text")
     for args in (["--config=none.yaml"], [f"--config={tmp_path}/text.yaml"], ["--config"]):

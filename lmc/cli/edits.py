@@ -128,7 +128,7 @@ def edit_list(
     results["source"] = measure.source_score()
 
     def todo(label: str, scale: float) -> Sequence[int]:
-        done = results["results"].setdefault(label, {}).setdefault(f"{scale:g}", {})
+        done = results["results"].get(label, {}).get(f"{scale:g}", {})
         return [i for i in range(len(edits)) if str(i) not in done]
 
     runs = [(spec, scale, todo(spec.label, scale)) for spec in specs for scale in scales]
@@ -147,9 +147,10 @@ def edit_list(
             watch=lambda done: progress.steps_done(before + done * len(rows)),
         )
         images = images.float().cpu().clamp(-1, 1)
+        measured = results["results"].setdefault(spec.label, {}).setdefault(f"{scale:g}", {})
         for row, picture, figures in zip(rows, images, measure(images, rows), strict=True):
-            save_image(picture, _picture(out, spec, scale, row))
-            results["results"][spec.label][f"{scale:g}"][str(row)] = figures
+            save_image(picture, _picture(out, spec.label, f"{scale:g}", row))
+            measured[str(row)] = figures
         write_json(out / RESULTS, results)
         print(f"{spec.label} at {scale:g}: {len(rows)} edits done", flush=True)
 
@@ -169,7 +170,7 @@ def edit_list(
     results["failed"] = others | failed
     results["means"] = _means(results["results"], len(edits))
     write_json(out / RESULTS, results)
-    _write_figures(out, specs, scales, statistics_scale, results, sources)
+    _write_figures(out, f"{statistics_scale:g}", results, sources)
     print(f"{out}/{RESULTS}, fig5.png and fig6.png: {len(edits)} edits of each loss")
     if failed:
         sys.exit(
@@ -345,14 +346,14 @@ class _Measure:
 
 
 def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
-    """Means over all edits, by loss and guidance scale."""
+    """Means over all edits, by loss as first measured and guidance scale from low to high."""
     return {
         label: {
             scale: {
                 name: sum(row[name] for row in rows.values()) / len(rows)
                 for name in next(iter(rows.values()))
             }
-            for scale, rows in scales.items()
+            for scale, rows in sorted(scales.items(), key=lambda each: float(each[0]))
             if len(rows) == edits  # fewer where it failed or was stopped
         }
         for label, scales in results.items()
@@ -360,36 +361,26 @@ def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
 
 
 def _write_figures(
-    out: Path,
-    specs: Sequence[Spec],
-    scales: Sequence[float],
-    statistics_scale: float,
-    results: Mapping[str, Any],
-    sources: Tensor,
+    out: Path, statistics_scale: str, results: Mapping[str, Any], sources: Tensor
 ) -> None:
-    """fig5.png and fig6.png of what `results` and the PNGs say, without what failed."""
+    """fig5.png and fig6.png of every loss and scale in `results` of which all edits are done."""
     from lmc.evaluate import derivative_histogram, power_spectrum
     from lmc.figures import curves_figure, statistics_figure
 
     means = results["means"]
     curves = {
-        spec.label: [
-            (mean["clip_score"], mean["distance"], f"{scale:g}")
-            for scale in scales
-            if (mean := means[spec.label].get(f"{scale:g}"))
-        ]
-        for spec in specs
+        label: [(mean["clip_score"], mean["distance"], scale) for scale, mean in scales.items()]
+        for label, scales in means.items()
+        if scales
     }
     curves["source"] = [(results["source"], 0.0, "")]
     name = f"{results['distance_name']} to source"
     figure = curves_figure(curves, "CLIP score", name)
     save_whole(out / "fig5.png", figure.savefig, "png")
     pictures = {"source": sources}
-    for spec in specs:
-        if f"{statistics_scale:g}" not in means[spec.label]:
-            continue
-        files = [_picture(out, spec, statistics_scale, i) for i in range(len(sources))]
-        pictures[spec.label] = torch.stack([read_image(file) for file in files])
+    for label in (label for label, scales in means.items() if statistics_scale in scales):
+        files = [_picture(out, label, statistics_scale, i) for i in range(len(sources))]
+        pictures[label] = torch.stack([read_image(file) for file in files])
     figure = statistics_figure(
         {label: power_spectrum(images).mean(0) for label, images in pictures.items()},
         {label: derivative_histogram(images) for label, images in pictures.items()},
@@ -397,5 +388,6 @@ def _write_figures(
     save_whole(out / "fig6.png", figure.savefig, "png")
 
 
-def _picture(out: Path, spec: Spec, scale: float, row: int) -> Path:
-    return out / "images" / spec.folder() / f"{scale:g}" / f"{row:04d}.png"
+def _picture(out: Path, label: str, scale: str, row: int) -> Path:
+    """The file of a result; of the loss the label alone is asked for, its class may be gone."""
+    return out / "images" / Spec(label, "", {}).folder() / scale / f"{row:04d}.png"
