@@ -11,12 +11,14 @@ from test_evaluate import build_clip_folder
 
 import lmc.cli.edits
 import lmc.cli.image
+import lmc.evaluate
+import lmc.metrics
 from lmc.cli import main
 from lmc.corrector import FilterCorrector
 from lmc.evaluate import Clip, clip_score, rmse
 from lmc.images import decode_image, resize
 from lmc.losses import LMC, VSD, ScoreDistillation
-from lmc.metrics import distances
+from lmc.metrics import derivative_histogram, distances, power_spectrum
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
 
@@ -340,6 +342,27 @@ def test_a_loss_that_failed_is_drawn_in_the_order_it_was_measured(
     main([*edits, "--losses=sds,cond"])
     assert [*drawn["curves_figure"][0]] == ["cond", "sds", "source"]
     assert [*drawn["statistics_figure"][1]] == ["source", "cond", "sds"]
+
+
+def test_image_statistics_are_of_batches_and_the_same(edits, world, tmp_path, monkeypatch, drawn):
+    """Not all pictures at once, which for a thousand of 256 x 256 would be 0.8 GB a loss."""
+    line = (world / "edits.jsonl").read_text().splitlines()[0]
+    (world / "five.jsonl").write_text("\n".join([line] * 5))
+    seen = []
+
+    def noted(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return power_spectrum(images)
+
+    monkeypatch.setattr(lmc.metrics, "power_spectrum", noted)
+    monkeypatch.setattr(lmc.evaluate, "power_spectrum", noted)
+    args = [*edits, f"--list={world}/five.jsonl", "--losses=sds", "--guidance_scales=5"]
+    main([*args, "--batch_size=2"])
+    assert seen == [2, 2, 1, 2, 2, 1]
+    images = torch.stack([read(file) for file in sorted((tmp_path / "out/images/sds/5").iterdir())])
+    spectra, histograms = drawn["statistics_figure"]
+    torch.testing.assert_close(spectra["sds"], power_spectrum(images).mean(0), rtol=1e-6, atol=0)
+    assert torch.equal(histograms["sds"], derivative_histogram(images))
 
 
 def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):

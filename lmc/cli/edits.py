@@ -5,7 +5,7 @@ import inspect
 import json
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def edit_list(
     results["failed"] = others | failed
     results["means"] = _means(results["results"], len(edits))
     write_json(out / RESULTS, results)
-    _write_figures(out, f"{statistics_scale:g}", results, sources)
+    _write_figures(out, f"{statistics_scale:g}", results, sources, batch_size)
     print(f"{out}/{RESULTS}, fig5.png and fig6.png: {len(edits)} edits of each loss")
     if failed:
         sys.exit(
@@ -361,10 +361,9 @@ def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
 
 
 def _write_figures(
-    out: Path, statistics_scale: str, results: Mapping[str, Any], sources: Tensor
+    out: Path, statistics_scale: str, results: Mapping[str, Any], sources: Tensor, batch_size: int
 ) -> None:
     """fig5.png and fig6.png of every loss and scale in `results` of which all edits are done."""
-    from lmc.evaluate import derivative_histogram, power_spectrum
     from lmc.figures import curves_figure, statistics_figure
 
     means = results["means"]
@@ -377,15 +376,32 @@ def _write_figures(
     name = f"{results['distance_name']} to source"
     figure = curves_figure(curves, "CLIP score", name)
     save_whole(out / "fig5.png", figure.savefig, "png")
-    pictures = {"source": sources}
+    statistics = {"source": _statistics(sources.split(batch_size))}
     for label in (label for label, scales in means.items() if statistics_scale in scales):
         files = [_picture(out, label, statistics_scale, i) for i in range(len(sources))]
-        pictures[label] = torch.stack([read_image(file) for file in files])
+        statistics[label] = _statistics(
+            torch.stack([read_image(file) for file in files[at : at + batch_size]])
+            for at in range(0, len(files), batch_size)
+        )
     figure = statistics_figure(
-        {label: power_spectrum(images).mean(0) for label, images in pictures.items()},
-        {label: derivative_histogram(images) for label, images in pictures.items()},
+        {label: spectrum for label, (spectrum, _) in statistics.items()},
+        {label: histogram for label, (_, histogram) in statistics.items()},
     )
     save_whole(out / "fig6.png", figure.savefig, "png")
+
+
+def _statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean power spectrum (F,) and the histogram of vertical derivatives (bins,) of images.
+
+    Args:
+        batches: (B, 3, S, S) in [-1, 1] each; one at a time is held.
+    """
+    from lmc.metrics import derivative_counts, power_spectrum
+
+    of_batches = [(power_spectrum(images), derivative_counts(images)) for images in batches]
+    spectra, counts = (torch.cat(each) for each in zip(*of_batches, strict=True))
+    total = counts.sum(0).float()
+    return spectra.mean(0), total / total.sum()
 
 
 def _picture(out: Path, label: str, scale: str, row: int) -> Path:
