@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -344,6 +345,46 @@ def test_a_loss_that_failed_is_drawn_in_the_order_it_was_measured(
     assert [*drawn["statistics_figure"][1]] == ["source", "cond", "sds"]
 
 
+def test_a_table_has_means_with_intervals_over_the_edits(edits, world, tmp_path, capsys):
+    lines = (world / "edits.jsonl").read_text().splitlines()[:2]
+    (world / "seven.jsonl").write_text("\n".join([*lines, *lines, *lines, lines[0]]))
+    args = [*edits, f"--list={world}/seven.jsonl", "--batch_size=4"]
+    main([*args, "--losses=sds,cond"])
+    capsys.readouterr()
+    main([*args, "--losses=cond"])  # what was measured before is there too
+    out = tmp_path / "out"
+    found = json.loads((out / "results.json").read_text())
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out
+
+    def cell(values: list[float]) -> str:
+        resampled = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), 1000) @ values / 7
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
+
+    def by_edit(label: str, scale: str, name: str) -> list[float]:
+        return [found["results"][label][scale][str(i)][name] for i in range(7)]
+
+    clip = Clip(str(world / "clip"))
+    squares = [read(world / "wide.png")[:, :, 4:24], read(world / "tall.jpg")[:, 4:24]]
+    texts = [clip.texts([prompt]) for *_, prompt in EDITS]
+    untouched = [clip_score(clip.images(x[None]), y) for x, y in zip(squares, texts, strict=True)]
+    scores = [untouched[i % 2].item() for i in range(7)]
+    assert found["source"] == pytest.approx(sum(scores) / 7, abs=1e-5)
+    rows = [
+        ["loss", "ω", f"{found['distance_name']} to source", "CLIP score"],
+        ["source", "–", "–", cell(scores)],
+    ]
+    for label in ("sds", "cond"):
+        for scale in ("2", "5"):
+            cells = [cell(by_edit(label, scale, x)) for x in ("distance", "clip_score")]
+            rows.append([label, scale, *cells])
+    table, about = text.strip().split("\n\n")
+    lines = table.splitlines()
+    assert [line.strip("| ").split(" | ") for line in [lines[0], *lines[2:]]] == rows
+    assert about == "[95 % bootstrap intervals] over 7 edits."
+
+
 def test_image_statistics_are_of_batches_and_the_same(edits, world, tmp_path, monkeypatch, drawn):
     """Not all pictures at once, which for a thousand of 256 x 256 would be 0.8 GB a loss."""
     line = (world / "edits.jsonl").read_text().splitlines()[0]
@@ -393,6 +434,7 @@ def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch,
     assert found["failed"]["sds at 2"] == "FloatingPointError: not finite"
     assert found["failed"]["sds at 5"] == "TypeError: odd"
     # A mean is over all edits, or there is none.
+    assert "| cond |" in (text := (out / "table.md").read_text()) and "| sds |" not in text
     assert found["means"]["sds"] == {} and found["means"]["cond"].keys() == {"2", "5"}
     assert (out / "fig5.png").exists() and (out / "fig6.png").exists()
     assert "step 24/24" in capsys.readouterr().out  # of 32, without the failed ones' 8

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,9 @@ from lmc.images import middle_square
 from lmc.losses import ScoreDistillation
 from lmc.optimize import Comparison, Pixels, Synthesis, check_task, embed, optimize
 from lmc.priors import Prior
-from lmc.results import write_json
+from lmc.results import means, write_json
 from lmc.specs import Spec, parse_specs
+from lmc.tables import edits_table, markdown
 
 EDIT_KEYS = {"image", "source_prompt", "prompt"}
 
@@ -64,10 +66,11 @@ def edit_list(
     """Every edit of a list with every loss at every guidance scale, measured [LMC, Fig. 5, 6].
 
     Writes the results as PNGs, results.json with each one's distance to its source and CLIP score,
-    fig5.png (distance over CLIP score, a curve a loss) and fig6.png (image statistics). The same
-    command again goes on where it stopped, also with more losses or guidance scales. The guidance
-    is not rescaled by 1/ω. Where a loss fails the others go on; it is named at the end, with a
-    non-zero exit status, and under `failed` in results.json.
+    table.md (their means, with 95 % bootstrap intervals over the edits), fig5.png (distance over
+    CLIP score, a curve a loss) and fig6.png (image statistics). The same command again goes on
+    where it stopped, also with more losses or guidance scales; the table and the figures have all
+    that are complete. The guidance is not rescaled by 1/ω. Where a loss fails the others go on; it
+    is named at the end, with a non-zero exit status, and under `failed` in results.json.
 
     Args:
         record: the options as YAML, kept beside the result.
@@ -125,7 +128,8 @@ def edit_list(
     write_text(out / RECORD, record)
     measure = _Measure(clip, device, edits, sources, named)
     results["distance_name"] = measure.name
-    results["source"] = measure.source_score()
+    source_scores = measure.source_scores()
+    results["source"] = sum(source_scores) / len(source_scores)
 
     def todo(label: str, scale: float) -> Sequence[int]:
         done = results["results"].get(label, {}).get(f"{scale:g}", {})
@@ -170,8 +174,11 @@ def edit_list(
     results["failed"] = others | failed
     results["means"] = _means(results["results"], len(edits))
     write_json(out / RESULTS, results)
+    table = _table(results, source_scores)
+    write_text(out / "table.md", table + "\n")
     _write_figures(out, f"{statistics_scale:g}", results, sources, batch_size)
-    print(f"{out}/{RESULTS}, fig5.png and fig6.png: {len(edits)} edits of each loss")
+    print(table)
+    print(f"{out}/{RESULTS}, table.md, fig5.png and fig6.png: {len(edits)} edits of each loss")
     if failed:
         sys.exit(
             f"lmc: failed: {', '.join(failed)} (why is in {out}/{RESULTS}); "
@@ -339,10 +346,10 @@ class _Measure:
             for i in range(len(rows))
         ]
 
-    def source_score(self) -> float:
-        """Mean CLIP score of the untouched sources with the target prompts."""
+    def source_scores(self) -> list[float]:
+        """CLIP score of each untouched source with its target prompt."""
         each = [self(image[None], [i]) for i, image in enumerate(self.sources)]
-        return sum(row["clip_score"] for (row,) in each) / len(each)
+        return [row["clip_score"] for (row,) in each]
 
 
 def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
@@ -360,16 +367,36 @@ def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
     }
 
 
+def _table(results: Mapping[str, Any], source_scores: Sequence[float]) -> str:
+    """Every loss and scale in `results` of which all edits are done, as Markdown."""
+
+    def summary(**values: Sequence[float]) -> dict[str, Any]:
+        return means({name: np.array(each)[:, None] for name, each in values.items()}, ["edits"])
+
+    count = len(source_scores)
+    rows = {}
+    for label, scales in results["means"].items():
+        for scale in scales:
+            done = results["results"][label][scale]
+            each = [done[str(i)] for i in range(count)]  # in the same order, whenever it was done
+            rows[label, scale] = summary(
+                distance=[row["distance"] for row in each],
+                clip_score=[row["clip_score"] for row in each],
+            )
+    lines = edits_table(results["distance_name"], summary(clip_score=source_scores), rows)
+    return f"{markdown(lines)}\n\n[95 % bootstrap intervals] over {count} edits."
+
+
 def _write_figures(
     out: Path, statistics_scale: str, results: Mapping[str, Any], sources: Tensor, batch_size: int
 ) -> None:
     """fig5.png and fig6.png of every loss and scale in `results` of which all edits are done."""
     from lmc.figures import curves_figure, statistics_figure
 
-    means = results["means"]
+    complete = results["means"]
     curves = {
         label: [(mean["clip_score"], mean["distance"], scale) for scale, mean in scales.items()]
-        for label, scales in means.items()
+        for label, scales in complete.items()
         if scales
     }
     curves["source"] = [(results["source"], 0.0, "")]
@@ -377,7 +404,7 @@ def _write_figures(
     figure = curves_figure(curves, "CLIP score", name)
     save_whole(out / "fig5.png", figure.savefig, "png")
     statistics = {"source": _statistics(sources.split(batch_size))}
-    for label in (label for label, scales in means.items() if statistics_scale in scales):
+    for label in (label for label, scales in complete.items() if statistics_scale in scales):
         files = [_picture(out, label, statistics_scale, i) for i in range(len(sources))]
         statistics[label] = _statistics(
             torch.stack([read_image(file) for file in files[at : at + batch_size]])
