@@ -1,8 +1,10 @@
 """lmc synthesize, edit and gradients as typed: what they write, and what they refuse."""
 
 import json
+import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +14,14 @@ from test_evaluate import build_clip_folder
 
 import lmc.cli.edits
 import lmc.cli.image
+import lmc.cli.shared
 import lmc.evaluate
 import lmc.metrics
 from lmc.cli import main
 from lmc.corrector import FilterCorrector
 from lmc.evaluate import Clip, clip_score, rmse
 from lmc.images import decode_image, resize
-from lmc.losses import LMC, VSD, ScoreDistillation
+from lmc.losses import LMC, VSD, Cond, ScoreDistillation
 from lmc.metrics import derivative_histogram, distances, power_spectrum
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
@@ -31,6 +34,12 @@ EDITS = [("wide.png", "a cat", "a dog"), ("tall.jpg", "a cat", "a photo")]
 
 class OwnLMC(LMC):
     """A loss of the user's that takes a corrector."""
+
+
+class Another(Cond):
+    """A loss of the user's, of which is not known what it costs."""
+
+    name = "another"
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +352,49 @@ def test_a_loss_that_failed_is_drawn_in_the_order_it_was_measured(
     main([*edits, "--losses=sds,cond"])
     assert [*drawn["curves_figure"][0]] == ["cond", "sds", "source"]
     assert [*drawn["statistics_figure"][1]] == ["source", "cond", "sds"]
+
+
+def test_the_time_left_is_by_evaluations_of_the_denoiser(edits, monkeypatch, capsys):
+    """Where an evaluation takes a second, it is right from the first line on, after a failure too.
+
+    Of four steps two see two patches. An image and step take 2 evaluations of cond and of a loss
+    that is not known, 4 of DDS, 11 of SDI.
+    """
+    each = {"cond": 2, "dds": 4, "sdi": 11, "another": 2}
+    now, ended = [0.0], []
+
+    def ticking(renderer, loss, seeds, settings, watch, **_):
+        for step in range(settings.steps):
+            now[0] += each[loss.name] * len(seeds) * (1 if step < 2 else 2)
+            watch(step + 1)
+            if loss.name == "dds" and step == 1:
+                ended.append(now[0])
+                raise FloatingPointError("not finite")
+        return renderer.image.detach()
+
+    monkeypatch.setattr(lmc.cli.edits, "optimize", ticking)
+    monkeypatch.setattr(lmc.cli.shared, "SECONDS", 0.0)
+    monkeypatch.setattr(lmc.cli.shared, "clock", SimpleNamespace(monotonic=lambda: now[0]))
+    losses = "cond,test_cli_image.Another,dds,sdi"
+    with pytest.raises(SystemExit, match="failed: dds at 5"):
+        main([*edits, f"--losses={losses}", "--guidance_scales=5", "--batch_size=1"])
+    # Steps, seconds since the beginning, and what is left.
+    lines = [
+        re.fullmatch(r"step (\d+)/(\d+)  ([\d.]+) steps/s  (\d+):(\d+):(\d+) left", line)
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("step ")
+    ]
+    images, whole = 2, 6  # parts of an image in all its steps
+    planned = sum(each.values()) * images * whole
+    done = [int(line[1]) for line in lines]
+    assert done == [*range(1, 27)] and lines[0][2] == "32" and lines[-1][2] == "26"
+    seconds, costs = 0, [[2, 2, 4, 4]] * 4 + [[4, 4]] + [[11, 11, 22, 22]] * 2
+    for line, cost in zip(lines, [cost for several in costs for cost in several], strict=True):
+        seconds += cost
+        hours, minutes, rest = (int(line[i]) for i in (4, 5, 6))
+        # Of the failed loss's two images 2 of 12 parts were done.
+        total = planned - (4 * 10 if seconds > ended[0] else 0)
+        assert hours * 3600 + minutes * 60 + rest == total - seconds
 
 
 def test_a_table_has_means_with_intervals_over_the_edits(edits, world, tmp_path, capsys):

@@ -28,7 +28,7 @@ from lmc.cli.shared import (
 from lmc.corrector import BiasCorrector
 from lmc.files import write_text
 from lmc.images import middle_square
-from lmc.losses import ScoreDistillation
+from lmc.losses import ScoreDistillation, denoiser_evaluations
 from lmc.optimize import Comparison, Pixels, Synthesis, check_task, embed, optimize
 from lmc.priors import Prior
 from lmc.results import means, write_json
@@ -136,19 +136,31 @@ def edit_list(
         return [i for i in range(len(edits)) if str(i) not in done]
 
     runs = [(spec, scale, todo(spec.label, scale)) for spec in specs for scale in scales]
-    progress = Progress(settings.steps * sum(len(left) for *_, left in runs))
+
+    def work(spec: Spec, scale: float, steps: int, images: int) -> int:
+        """The denoiser's evaluations in the first `steps`; of a user's loss, as if of SDS."""
+        loss = built[spec.label, scale]
+        each, _ = denoiser_evaluations(type(loss), vars(loss))
+        return (each or 2) * settings.parts(steps) * images
+
+    progress = Progress(
+        settings.steps * sum(len(left) for *_, left in runs),
+        sum(work(spec, scale, settings.steps, len(left)) for spec, scale, left in runs),
+    )
 
     def run(spec: Spec, scale: float, rows: Sequence[int]) -> None:
         loss = built[spec.label, scale]
         if loss.learns:  # what it learned of other edits is not for these
             loss = _build(spec, corrector, scale)
         job = _edits_job(prior, loss, edits, sources, rows, seed, settings)
-        before = progress.done
+        before, worked = progress.done, progress.worked
         images = optimize(
             Pixels(sources[rows]),
             **job.arguments(),
             device=device,
-            watch=lambda done: progress.steps_done(before + done * len(rows)),
+            watch=lambda done: progress.steps_done(
+                before + done * len(rows), worked + work(spec, scale, done, len(rows))
+            ),
         )
         images = images.float().cpu().clamp(-1, 1)
         measured = results["results"].setdefault(spec.label, {}).setdefault(f"{scale:g}", {})
@@ -161,6 +173,7 @@ def edit_list(
     failed: dict[str, str] = {}
     for spec, scale, left in runs:
         name, end = f"{spec.label} at {scale:g}", progress.done + settings.steps * len(left)
+        all_worked = progress.worked + work(spec, scale, settings.steps, len(left))
         try:
             for at in range(0, len(left), batch_size):
                 run(spec, scale, left[at : at + batch_size])
@@ -169,6 +182,7 @@ def edit_list(
             failed[name] = OUT_OF_MEMORY if memory else f"{type(error).__name__}: {error}"
             print(f"{name} failed: {failed[name]}", flush=True)
             progress.total -= end - progress.done
+            progress.work -= all_worked - progress.worked
     done_here = {f"{spec.label} at {scale:g}" for spec, scale, _ in runs}
     others = {n: why for n, why in results.get("failed", {}).items() if n not in done_here}
     results["failed"] = others | failed
