@@ -439,10 +439,14 @@ def _statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """
     from lmc.metrics import derivative_counts, power_spectrum
 
-    of_batches = [(power_spectrum(images), derivative_counts(images)) for images in batches]
-    spectra, counts = (torch.cat(each) for each in zip(*of_batches, strict=True))
-    total = counts.sum(0).float()
-    return spectra.mean(0), total / total.sum()
+    spectra = counts = torch.zeros(())
+    seen = 0
+    # Sums, since a small tensor kept from each batch lies in the way of the next one's memory.
+    for images in batches:
+        spectra = spectra + power_spectrum(images).double().sum(0)
+        counts = counts + derivative_counts(images).double().sum(0)
+        seen += len(images)
+    return (spectra / seen).float(), (counts / counts.sum()).float()
 
 
 def _picture(out: Path, label: str, scale: str, row: int) -> Path:
