@@ -31,7 +31,6 @@ from lmc.metrics import (
     clip_score_100,
     cosines,
     derivative_counts,
-    load_clip,
     load_inception,
     load_lpips,
     one_minus_ssim,
@@ -221,7 +220,7 @@ class Tools:
             left_out.append(f"lpips left out: the images have {image_size} pixels, {least}")
         elif lpips := tried("lpips", lambda: load_lpips(offline)):
             found = {"lpips": lpips, **found}
-        model = tried("clip_score, r_precision", lambda: load_clip(clip, device, offline))
+        model = tried("clip_score, r_precision", lambda: Clip(clip, device, offline))
         inception = tried("kid, fid", lambda: load_inception(device, offline)) if sets else None
         return cls(found, model, inception, left_out)
 

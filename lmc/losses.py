@@ -612,6 +612,45 @@ class SDI(ScoreDistillation):
         return {"inverted": sigma_t / alpha_t * (eps - kappa)}
 
 
+# The fewest denoiser evaluations of an image and step, at guidance scales other than 1.
+EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3, "vsd": 4}
+ONE_BRANCH = ("sds", "dds", "pds", "ms_sds")  # at ω = 1 they need the conditional half only
+
+
+def denoiser_evaluations(
+    loss: type[ScoreDistillation], options: Mapping[str, Any]
+) -> tuple[int | None, str]:
+    """How many evaluations of the denoiser an image and step take.
+
+    Args:
+        loss: the class; it need not be built, which may load a corrector.
+        options: of its constructor, all of them, by name; `vars` of a loss that is built will do.
+
+    Returns:
+        The number, None where it is not known (a loss that is not of this file), and of what: the
+        loss's name, with a remark such as 'at most'.
+    """
+    name = loss.name
+    each, note = EVALUATIONS.get(name), ""
+    guided = options.get("guidance_scale") != 1
+    if name == "ms_sds" and "steps" in options:
+        each = 2 * options["steps"]
+    if name == "sdi" and "inversion_steps" in options:
+        # 2 int(n t) + 2 while t falls from 1 to 0, the last two 1 where it is not guided.
+        each, note = options["inversion_steps"] + (1 if guided else 0), ", about"
+    if name == "lmc" and options.get("fixed_noise"):
+        each = 3
+    if name == "nfsd":
+        note = ", at most"
+    if name == "vsd":
+        note = ", one of them trains the LoRA"
+    if each is None:
+        return None, name
+    if not guided:
+        each = each // 2 if name in ONE_BRANCH else each - (name in ("nfsd", "vsd"))
+    return each, name + note
+
+
 def surrogate(z: Tensor, gradient: Tensor) -> Tensor:
     """A scalar per image, (B,), whose autograd gradient with respect to `z` is `gradient`.
 

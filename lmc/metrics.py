@@ -234,13 +234,34 @@ class Clip:
         offline: take it from the disk only.
 
     Raises:
-        OSError: there is no such model.
+        FileNotFoundError: what can only be a folder, and is not there.
+        MissingWeights: a hub id that is not on disk and was not fetched.
+        OSError: a folder without a model.
     """
 
     def __init__(
         self, pretrained: str, device: torch.device | str = "cpu", offline: bool = False
     ) -> None:
-        options: Any = {"local_files_only": offline}
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        here = Path(pretrained).exists()
+        if not here and (pretrained.count("/") > 1 or pretrained.startswith((".", "/", "~"))):
+            raise FileNotFoundError(
+                f"no such folder: {pretrained} (CLIP, as --clip or model.validation.clip names it)"
+            )
+        try:
+            self._load(pretrained, device, {"local_files_only": offline})
+        except (OSError, ValueError) as error:
+            if here:
+                raise
+            raise MissingWeights(
+                f"no folder {pretrained}, and model.safetensors, tokenizer and "
+                f"preprocessor_config.json of https://huggingface.co/{pretrained} are not in "
+                f"{HF_HUB_CACHE}"
+                f"{'' if offline else f' and could not be fetched ({_first_line(error)})'}"
+            ) from error
+
+    def _load(self, pretrained: str, device: torch.device | str, options: Any) -> None:
         model: Any = transformers.CLIPModel.from_pretrained(
             pretrained, dtype=torch.float32, **options
         )
@@ -271,28 +292,6 @@ class Clip:
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
         out = self.model.get_text_features(**tokens.to(self.model.device))
         return getattr(out, "pooler_output", out)
-
-
-def load_clip(pretrained: str, device: torch.device | str = "cpu", offline: bool = False) -> Clip:
-    """`Clip`, or which weights are missing.
-
-    Raises:
-        MissingWeights: a hub id that is not on disk and was not fetched.
-        OSError: a folder without a model.
-    """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    try:
-        return Clip(pretrained, device, offline)
-    except (OSError, ValueError) as error:
-        is_id = pretrained.count("/") <= 1 and not pretrained.startswith((".", "/", "~"))
-        if not is_id or Path(pretrained).exists():
-            raise
-        raise MissingWeights(
-            f"no folder {pretrained}, and model.safetensors, tokenizer and preprocessor_config.json"
-            f" of https://huggingface.co/{pretrained} are not in {HF_HUB_CACHE}"
-            f"{'' if offline else f' and could not be fetched ({_first_line(error)})'}"
-        ) from error
 
 
 def perceptual(network: torch.nn.Module) -> Distance:

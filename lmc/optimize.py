@@ -151,6 +151,10 @@ class Synthesis:
         done = max(0.0, (step - (self.steps - self.decay_steps)) / self.decay_steps)
         return self.lr * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * done)) / 2)
 
+    def parts(self, steps: int) -> int:
+        """How many parts of an image, the whole or patches, the loss sees in the first `steps`."""
+        return steps + (self.patches - 1) * max(0, steps - self.whole_steps)
+
     def sides(self, height: int, width: int, image_size: int) -> tuple[int, int]:
         """Smallest and largest side of a patch of a height x width image.
 

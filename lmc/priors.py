@@ -393,6 +393,7 @@ class DiffusersPrior:
         from peft import LoraConfig, inject_adapter_in_model
 
         denoiser = self._loaded(self._denoiser)
+        self._remove_lora()
         names = ["to_q", "to_k", "to_v", "to_out.0"]
         names += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]  # of the text, in some
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
@@ -426,6 +427,19 @@ class DiffusersPrior:
             return self._predict(z_t, t, embedding)
         finally:
             self._switch_lora(False)
+
+    def _remove_lora(self) -> None:
+        """Put the denoiser's own layers back; what peft knew of a LoRA is forgotten."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if not self._lora:
+            return
+        denoiser = self._loaded(self._denoiser)
+        for name, module in list(denoiser.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                denoiser.set_submodule(name, module.get_base_layer())
+        del denoiser.peft_config
+        self._lora = {}
 
     def _switch_lora(self, on: bool) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer

@@ -167,6 +167,23 @@ def summary(
     return found
 
 
+def means(values: Mapping[str, Array], classes: Sequence[str]) -> dict[str, Any]:
+    """Means with their intervals, as `summary`.
+
+    Args:
+        values: of N images, by measure (N, C).
+        classes: the C classes.
+    """
+    images = len(next(iter(values.values())))
+    once, many = np.full((1, images), 1 / images), resampling(images)
+    return summary(
+        {name: averages(each, once) for name, each in values.items()},
+        {name: averages(each, many) for name, each in values.items()},
+        classes,
+        images,
+    )
+
+
 def of_sets(
     features: Array, real: Mapping[str, Tensor], classes: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
@@ -412,18 +429,8 @@ def _difference(
         }
         for each in (row, other)
     )
-    images = row["images"]
     delta = {name: values - two[name] for name, values in one.items() if name in two}
-    once, many = np.full((1, images), 1 / images), resampling(images)
-    return {
-        "against": against,
-        "summary": summary(
-            {name: averages(values, once) for name, values in delta.items()},
-            {name: averages(values, many) for name, values in delta.items()},
-            classes,
-            images,
-        ),
-    }
+    return {"against": against, "summary": means(delta, classes)}
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,23 @@ def class_table(
     return lines
 
 
+def edits_table(
+    distance: str, source: Mapping[str, Any], rows: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> list[list[str]]:
+    """Edits by loss and guidance scale as rows of cells, the first the headings.
+
+    Args:
+        distance: its name, for the heading.
+        source: 'clip_score' of the untouched sources, as in `lmc.results.means`.
+        rows: by loss and ω: 'distance' and 'clip_score', as there.
+    """
+    lines = [["loss", "ω", f"{distance} to source", "CLIP score"]]
+    for (loss, scale), each in {("source", "–"): source, **rows}.items():
+        cells = [_cell(each.get(name), ".3f") for name in ("distance", "clip_score")]
+        lines.append([loss, scale, *cells])
+    return lines
+
+
 def candidates_text(result: Mapping[str, Any]) -> str:
     """What R-Precision ranks among."""
     return f"R-Precision ranks among {', '.join(map(repr, result['settings']['candidates']))}."

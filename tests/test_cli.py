@@ -218,7 +218,8 @@ def test_evaluate_says_what_is_wrong(world, tmp_path, capsys):
     release(translator_run(tmp_path / "run", ("lion",)), tmp_path / "lions")
     args = evaluate_args(world, "first")
     assert "no shards" in error(capsys, *args, "--shards", tmp_path / "none-*.tar")
-    assert "nothing" in error(capsys, *args, "--clip", tmp_path / "nothing")
+    said = error(capsys, *args, "--clip", tmp_path / "nothing")
+    assert f"no such folder: {tmp_path}/nothing (CLIP, as --clip" in said
     said = error(capsys, *args, str(tmp_path / "lions"))
     assert "lions does not know the class 'dog'" in said
 

@@ -1,9 +1,12 @@
 """lmc synthesize, edit and gradients as typed: what they write, and what they refuse."""
 
 import json
+import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,12 +14,15 @@ from test_evaluate import build_clip_folder
 
 import lmc.cli.edits
 import lmc.cli.image
+import lmc.cli.shared
+import lmc.evaluate
+import lmc.metrics
 from lmc.cli import main
 from lmc.corrector import FilterCorrector
 from lmc.evaluate import Clip, clip_score, rmse
 from lmc.images import decode_image, resize
-from lmc.losses import LMC, VSD, ScoreDistillation
-from lmc.metrics import distances
+from lmc.losses import LMC, VSD, Cond, ScoreDistillation
+from lmc.metrics import derivative_histogram, distances, power_spectrum
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
 
@@ -28,6 +34,12 @@ EDITS = [("wide.png", "a cat", "a dog"), ("tall.jpg", "a cat", "a photo")]
 
 class OwnLMC(LMC):
     """A loss of the user's that takes a corrector."""
+
+
+class Another(Cond):
+    """A loss of the user's, of which is not known what it costs."""
+
+    name = "another"
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +321,169 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
     assert "made with something else (seed)" in error(*args, "--seed=8")
 
 
+@pytest.fixture
+def drawn(monkeypatch) -> dict[str, list]:
+    """What the figures were drawn from: their functions' arguments by name, the last command's."""
+    import lmc.figures
+
+    given: dict[str, list] = {}
+
+    def noting(name: str) -> None:
+        draw = getattr(lmc.figures, name)
+        monkeypatch.setattr(
+            lmc.figures, name, lambda *args: (given.update({name: args}), draw(*args))[1]
+        )
+
+    noting("curves_figure")
+    noting("statistics_figure")
+    return given
+
+
+def test_figures_keep_what_earlier_commands_measured(edits, tmp_path, drawn):
+    def curves() -> dict[str, list[str]]:
+        return {name: [scale for *_, scale in x] for name, x in drawn["curves_figure"][0].items()}
+
+    main([*edits, "--losses=test_cli_image.OwnLMC,cond", "--corrector=identity"])
+    before = curves(), [*drawn["statistics_figure"][0]]
+    assert before[1] == ["source", "test_cli_image.OwnLMC", "cond"]
+    # The user's own loss is of a module that is gone.
+    out = tmp_path / "out"
+    text = (out / "results.json").read_text()
+    (out / "results.json").write_text(text.replace("test_cli_image.OwnLMC", "gone.Loss"))
+    (out / "images" / "test_cli_image.OwnLMC").rename(out / "images" / "gone.Loss")
+    main([*edits, "--losses=sds", "--guidance_scales=10,5"])
+    assert curves() == {
+        "gone.Loss": ["2", "5"],
+        "cond": ["2", "5"],
+        "sds": ["5", "10"],
+        "source": [""],
+    }
+    main([*edits, "--losses=cond", "--guidance_scales=2", "--statistics_scale=2"])
+    assert [*curves()] == ["gone.Loss", "cond", "sds", "source"]
+    assert [*drawn["statistics_figure"][0]] == ["source", "gone.Loss", "cond"]
+
+
+def test_a_loss_that_failed_is_drawn_in_the_order_it_was_measured(
+    edits, monkeypatch, drawn, tmp_path
+):
+    def failing(*_, **__):
+        raise FloatingPointError("not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmc.cli.edits, "optimize", failing)
+        with pytest.raises(SystemExit, match="failed: sds at 2, sds at 5"):
+            main([*edits, "--losses=sds"])
+    assert [*drawn["curves_figure"][0]] == ["source"]
+    main([*edits, "--losses=cond"])
+    main([*edits, "--losses=sds,cond"])
+    assert [*drawn["curves_figure"][0]] == ["cond", "sds", "source"]
+    assert [*drawn["statistics_figure"][1]] == ["source", "cond", "sds"]
+
+
+def test_the_time_left_is_by_evaluations_of_the_denoiser(edits, monkeypatch, capsys):
+    """Where an evaluation takes a second, it is right from the first line on, after a failure too.
+
+    Of four steps two see two patches. An image and step take 2 evaluations of cond and of a loss
+    that is not known, 4 of DDS, 11 of SDI.
+    """
+    each = {"cond": 2, "dds": 4, "sdi": 11, "another": 2}
+    now, ended = [0.0], []
+
+    def ticking(renderer, loss, seeds, settings, watch, **_):
+        for step in range(settings.steps):
+            now[0] += each[loss.name] * len(seeds) * (1 if step < 2 else 2)
+            watch(step + 1)
+            if loss.name == "dds" and step == 1:
+                ended.append(now[0])
+                raise FloatingPointError("not finite")
+        return renderer.image.detach()
+
+    monkeypatch.setattr(lmc.cli.edits, "optimize", ticking)
+    monkeypatch.setattr(lmc.cli.shared, "SECONDS", 0.0)
+    monkeypatch.setattr(lmc.cli.shared, "clock", SimpleNamespace(monotonic=lambda: now[0]))
+    losses = "cond,test_cli_image.Another,dds,sdi"
+    with pytest.raises(SystemExit, match="failed: dds at 5"):
+        main([*edits, f"--losses={losses}", "--guidance_scales=5", "--batch_size=1"])
+    # Steps, seconds since the beginning, and what is left.
+    lines = [
+        re.fullmatch(r"step (\d+)/(\d+)  ([\d.]+) steps/s  (\d+):(\d+):(\d+) left", line)
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("step ")
+    ]
+    images, whole = 2, 6  # parts of an image in all its steps
+    planned = sum(each.values()) * images * whole
+    done = [int(line[1]) for line in lines]
+    assert done == [*range(1, 27)] and lines[0][2] == "32" and lines[-1][2] == "26"
+    seconds, costs = 0, [[2, 2, 4, 4]] * 4 + [[4, 4]] + [[11, 11, 22, 22]] * 2
+    for line, cost in zip(lines, [cost for several in costs for cost in several], strict=True):
+        seconds += cost
+        hours, minutes, rest = (int(line[i]) for i in (4, 5, 6))
+        # Of the failed loss's two images 2 of 12 parts were done.
+        total = planned - (4 * 10 if seconds > ended[0] else 0)
+        assert hours * 3600 + minutes * 60 + rest == total - seconds
+
+
+def test_a_table_has_means_with_intervals_over_the_edits(edits, world, tmp_path, capsys):
+    lines = (world / "edits.jsonl").read_text().splitlines()[:2]
+    (world / "seven.jsonl").write_text("\n".join([*lines, *lines, *lines, lines[0]]))
+    args = [*edits, f"--list={world}/seven.jsonl", "--batch_size=4"]
+    main([*args, "--losses=sds,cond"])
+    capsys.readouterr()
+    main([*args, "--losses=cond"])  # what was measured before is there too
+    out = tmp_path / "out"
+    found = json.loads((out / "results.json").read_text())
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out
+
+    def cell(values: list[float]) -> str:
+        resampled = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), 1000) @ values / 7
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
+
+    def by_edit(label: str, scale: str, name: str) -> list[float]:
+        return [found["results"][label][scale][str(i)][name] for i in range(7)]
+
+    clip = Clip(str(world / "clip"))
+    squares = [read(world / "wide.png")[:, :, 4:24], read(world / "tall.jpg")[:, 4:24]]
+    texts = [clip.texts([prompt]) for *_, prompt in EDITS]
+    untouched = [clip_score(clip.images(x[None]), y) for x, y in zip(squares, texts, strict=True)]
+    scores = [untouched[i % 2].item() for i in range(7)]
+    assert found["source"] == pytest.approx(sum(scores) / 7, abs=1e-5)
+    rows = [
+        ["loss", "ω", f"{found['distance_name']} to source", "CLIP score"],
+        ["source", "–", "–", cell(scores)],
+    ]
+    for label in ("sds", "cond"):
+        for scale in ("2", "5"):
+            cells = [cell(by_edit(label, scale, x)) for x in ("distance", "clip_score")]
+            rows.append([label, scale, *cells])
+    table, about = text.strip().split("\n\n")
+    lines = table.splitlines()
+    assert [line.strip("| ").split(" | ") for line in [lines[0], *lines[2:]]] == rows
+    assert about == "[95 % bootstrap intervals] over 7 edits."
+
+
+def test_image_statistics_are_of_batches_and_the_same(edits, world, tmp_path, monkeypatch, drawn):
+    """Not all pictures at once, which for a thousand of 256 x 256 would be 0.8 GB a loss."""
+    line = (world / "edits.jsonl").read_text().splitlines()[0]
+    (world / "five.jsonl").write_text("\n".join([line] * 5))
+    seen = []
+
+    def noted(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return power_spectrum(images)
+
+    monkeypatch.setattr(lmc.metrics, "power_spectrum", noted)
+    monkeypatch.setattr(lmc.evaluate, "power_spectrum", noted)
+    args = [*edits, f"--list={world}/five.jsonl", "--losses=sds", "--guidance_scales=5"]
+    main([*args, "--batch_size=2"])
+    assert seen == [2, 2, 1, 2, 2, 1]
+    images = torch.stack([read(file) for file in sorted((tmp_path / "out/images/sds/5").iterdir())])
+    spectra, histograms = drawn["statistics_figure"]
+    torch.testing.assert_close(spectra["sds"], power_spectrum(images).mean(0), rtol=1e-6, atol=0)
+    assert torch.equal(histograms["sds"], derivative_histogram(images))
+
+
 def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
     (tmp_path / "text.yaml").write_text("only text")
     for args in (["--config=none.yaml"], [f"--config={tmp_path}/text.yaml"], ["--config"]):
@@ -337,6 +512,7 @@ def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch,
     assert found["failed"]["sds at 2"] == "FloatingPointError: not finite"
     assert found["failed"]["sds at 5"] == "TypeError: odd"
     # A mean is over all edits, or there is none.
+    assert "| cond |" in (text := (out / "table.md").read_text()) and "| sds |" not in text
     assert found["means"]["sds"] == {} and found["means"]["cond"].keys() == {"2", "5"}
     assert (out / "fig5.png").exists() and (out / "fig6.png").exists()
     assert "step 24/24" in capsys.readouterr().out  # of 32, without the failed ones' 8
@@ -446,6 +622,8 @@ def test_bad_input_of_a_list(edits, world, tmp_path):
     assert "batch_size" in error(*edits, "--batch_size=0")
     assert "patches of 21" in error(*edits, "--settings.patch_range=[16,21]")
     assert not (tmp_path / "out").exists()
+    said = error(*edits, f"--clip={tmp_path}/gone")
+    assert f"no such folder: {tmp_path}/gone (CLIP, as --clip" in said
 
 
 CONFIGS = [

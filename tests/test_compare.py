@@ -214,7 +214,7 @@ def test_refused_specs(text, words):
         ("sds", ["--", *TIME], r"model\.time: time_range .*\[0\.9, 0\.1\]"),
         ("sds", ["--", "--data.heldout=no/such-*.tar"], "no shards at no/such"),
         ("sds", ["--", "--model.prior.init_args.pretrained=no/prior/at"], "no/prior/at"),
-        ("sds", ["--clip", "no/clip/at"], "no/clip/at"),
+        ("sds", ["--clip", "no/clip/at"], r"no such folder: no/clip/at .*--clip"),
     ],
 )
 def test_refused_before_anything_is_trained(world, trained, tmp_path, losses, more, words):

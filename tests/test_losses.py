@@ -21,6 +21,7 @@ from lmc.losses import (
     Cond,
     LossInputs,
     ScoreDistillation,
+    denoiser_evaluations,
     surrogate,
 )
 from lmc.schedule import FallingTime, FlowSchedule, UniformTime
@@ -667,7 +668,7 @@ def test_vsd_refuses_the_state_of_another_lora(prior, state):
 
 # As METHOD's table counts them, for the dry run: of SDI on average, of NFSD at most.
 @pytest.mark.parametrize(("name", "omega"), EVALUATIONS)
-def test_a_dry_run_says_the_same_counts(name, omega):
+def test_a_dry_run_says_the_same_counts(prior, name, omega):
     loss = CLASSES[name.removesuffix("_fixed")]
     options = {
         key: parameter.default
@@ -676,7 +677,9 @@ def test_a_dry_run_says_the_same_counts(name, omega):
     }
     options |= {"guidance_scale": omega} | ({"fixed_noise": True} if "fixed" in name else {})
     config = {"class_path": f"lmc.losses.{loss.__name__}", "init_args": options}
-    said, _ = per_image({"loss": config, "classes": ["dog"]})
+    said, of_what = per_image({"loss": config, "classes": ["dog"]})
+    built = vars(make(name, prior, guidance_scale=omega))
+    assert denoiser_evaluations(loss, built) == (said, of_what)
     wanted = EVALUATIONS[name, omega][0] / 4
     if name == "sdi":  # at t = 0.7 seven steps, not 4.5 on average
         wanted -= 2 * (7 - 4.5)

@@ -31,7 +31,6 @@ from lmc.metrics import (
     fid,
     interval,
     kid,
-    load_clip,
     load_inception,
     load_lpips,
     one_minus_ssim,
@@ -250,8 +249,9 @@ def test_clip_takes_other_sizes_and_long_prompts(clip_folder):
 
 
 def test_a_missing_clip_is_named(tmp_path):
-    with pytest.raises(OSError, match="nothing_here"):
-        Clip(str(tmp_path / "nothing_here"))
+    for there in (f"{tmp_path}/nothing_here", "./nothing_here", "~/nothing_here"):
+        with pytest.raises(FileNotFoundError, match=f"^no such folder: {there} .*--clip"):
+            Clip(there)
 
 
 @pytest.mark.parametrize("width", [50, 31])
@@ -385,10 +385,12 @@ def test_missing_weights_are_named_and_only_fetched_if_allowed(
 
 def test_a_missing_clip_is_left_out_only_as_a_hub_id(tmp_path):
     with pytest.raises(MissingWeights, match=r"https://huggingface\.co/nobody/nothing are not in"):
-        load_clip("nobody/nothing", offline=True)
-    with pytest.raises(OSError, match="nothing_here") as error:
-        load_clip(str(tmp_path / "nothing_here"), offline=True)
-    assert not isinstance(error.value, MissingWeights)
+        Clip("nobody/nothing", offline=True)
+    (tmp_path / "empty").mkdir()
+    for folder in ("nothing_here", "empty"):
+        with pytest.raises(OSError, match=folder) as error:
+            Clip(str(tmp_path / folder), offline=True)
+        assert not isinstance(error.value, MissingWeights)
 
 
 def test_inception_runs_with_the_weights_on_disk(no_weights, monkeypatch):

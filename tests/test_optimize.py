@@ -77,6 +77,18 @@ def test_fewer_steps_shorten_the_phases():
     assert Synthesis(steps=200) == Synthesis(steps=200, whole_steps=150, decay_steps=200)
 
 
+@pytest.mark.parametrize("patches", [1, 3])
+def test_the_parts_of_a_step_are_what_is_evaluated(patches):
+    prior, settings = small_prior(), brief(patches=patches)
+    done: list[int] = []
+
+    def watch(step: int) -> None:
+        done.append(prior.evaluations)
+
+    optimize(Pixels(start(2)), prior, Cond(), ["dog"] * 2, [0, 1], settings, watch=watch)
+    assert done == [2 * 2 * settings.parts(step) for step in (1, 2, 3, 4)]
+
+
 def test_sds_without_guidance_finds_the_mean():
     """E[eps_cond − eps] = 0 at z = mu_y only: around it the seeds' images end."""
     prior, seeds = faint_prior(), range(20)

@@ -240,10 +240,10 @@ def test_without_clip_the_others_are_measured(tiny_prior_folder, data, tmp_path,
 def test_a_hub_id_that_cannot_be_had_is_said_and_training_goes_on(
     tiny_prior_folder, data, tmp_path, capsys, monkeypatch
 ):
-    def load_clip(name, device):
+    def no_clip(name, device):
         raise MissingWeights(f"{name} could not be fetched")
 
-    monkeypatch.setattr(lmc.training.validation, "load_clip", load_clip)
+    monkeypatch.setattr(lmc.training.validation, "Clip", no_clip)
     train_translator.main(args(tiny_prior_folder, data, tmp_path, "some/clip"))
     assert "no CLIP: some/clip could not be fetched" in capsys.readouterr().out
     assert last(tmp_path)["global_step"] == 3

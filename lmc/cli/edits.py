@@ -5,11 +5,12 @@ import inspect
 import json
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,11 +28,12 @@ from lmc.cli.shared import (
 from lmc.corrector import BiasCorrector
 from lmc.files import write_text
 from lmc.images import middle_square
-from lmc.losses import ScoreDistillation
+from lmc.losses import ScoreDistillation, denoiser_evaluations
 from lmc.optimize import Comparison, Pixels, Synthesis, check_task, embed, optimize
 from lmc.priors import Prior
-from lmc.results import write_json
+from lmc.results import means, write_json
 from lmc.specs import Spec, parse_specs
+from lmc.tables import edits_table, markdown
 
 EDIT_KEYS = {"image", "source_prompt", "prompt"}
 
@@ -64,10 +66,11 @@ def edit_list(
     """Every edit of a list with every loss at every guidance scale, measured [LMC, Fig. 5, 6].
 
     Writes the results as PNGs, results.json with each one's distance to its source and CLIP score,
-    fig5.png (distance over CLIP score, a curve a loss) and fig6.png (image statistics). The same
-    command again goes on where it stopped, also with more losses or guidance scales. The guidance
-    is not rescaled by 1/ω. Where a loss fails the others go on; it is named at the end, with a
-    non-zero exit status, and under `failed` in results.json.
+    table.md (their means, with 95 % bootstrap intervals over the edits), fig5.png (distance over
+    CLIP score, a curve a loss) and fig6.png (image statistics). The same command again goes on
+    where it stopped, also with more losses or guidance scales; the table and the figures have all
+    that are complete. The guidance is not rescaled by 1/ω. Where a loss fails the others go on; it
+    is named at the end, with a non-zero exit status, and under `failed` in results.json.
 
     Args:
         record: the options as YAML, kept beside the result.
@@ -125,37 +128,52 @@ def edit_list(
     write_text(out / RECORD, record)
     measure = _Measure(clip, device, edits, sources, named)
     results["distance_name"] = measure.name
-    results["source"] = measure.source_score()
+    source_scores = measure.source_scores()
+    results["source"] = sum(source_scores) / len(source_scores)
 
     def todo(label: str, scale: float) -> Sequence[int]:
-        done = results["results"].setdefault(label, {}).setdefault(f"{scale:g}", {})
+        done = results["results"].get(label, {}).get(f"{scale:g}", {})
         return [i for i in range(len(edits)) if str(i) not in done]
 
     runs = [(spec, scale, todo(spec.label, scale)) for spec in specs for scale in scales]
-    progress = Progress(settings.steps * sum(len(left) for *_, left in runs))
+
+    def work(spec: Spec, scale: float, steps: int, images: int) -> int:
+        """The denoiser's evaluations in the first `steps`; of a user's loss, as if of SDS."""
+        loss = built[spec.label, scale]
+        each, _ = denoiser_evaluations(type(loss), vars(loss))
+        return (each or 2) * settings.parts(steps) * images
+
+    progress = Progress(
+        settings.steps * sum(len(left) for *_, left in runs),
+        sum(work(spec, scale, settings.steps, len(left)) for spec, scale, left in runs),
+    )
 
     def run(spec: Spec, scale: float, rows: Sequence[int]) -> None:
         loss = built[spec.label, scale]
         if loss.learns:  # what it learned of other edits is not for these
             loss = _build(spec, corrector, scale)
         job = _edits_job(prior, loss, edits, sources, rows, seed, settings)
-        before = progress.done
+        before, worked = progress.done, progress.worked
         images = optimize(
             Pixels(sources[rows]),
             **job.arguments(),
             device=device,
-            watch=lambda done: progress.steps_done(before + done * len(rows)),
+            watch=lambda done: progress.steps_done(
+                before + done * len(rows), worked + work(spec, scale, done, len(rows))
+            ),
         )
         images = images.float().cpu().clamp(-1, 1)
+        measured = results["results"].setdefault(spec.label, {}).setdefault(f"{scale:g}", {})
         for row, picture, figures in zip(rows, images, measure(images, rows), strict=True):
-            save_image(picture, _picture(out, spec, scale, row))
-            results["results"][spec.label][f"{scale:g}"][str(row)] = figures
+            save_image(picture, _picture(out, spec.label, f"{scale:g}", row))
+            measured[str(row)] = figures
         write_json(out / RESULTS, results)
         print(f"{spec.label} at {scale:g}: {len(rows)} edits done", flush=True)
 
     failed: dict[str, str] = {}
     for spec, scale, left in runs:
         name, end = f"{spec.label} at {scale:g}", progress.done + settings.steps * len(left)
+        all_worked = progress.worked + work(spec, scale, settings.steps, len(left))
         try:
             for at in range(0, len(left), batch_size):
                 run(spec, scale, left[at : at + batch_size])
@@ -164,13 +182,17 @@ def edit_list(
             failed[name] = OUT_OF_MEMORY if memory else f"{type(error).__name__}: {error}"
             print(f"{name} failed: {failed[name]}", flush=True)
             progress.total -= end - progress.done
+            progress.work -= all_worked - progress.worked
     done_here = {f"{spec.label} at {scale:g}" for spec, scale, _ in runs}
     others = {n: why for n, why in results.get("failed", {}).items() if n not in done_here}
     results["failed"] = others | failed
     results["means"] = _means(results["results"], len(edits))
     write_json(out / RESULTS, results)
-    _write_figures(out, specs, scales, statistics_scale, results, sources)
-    print(f"{out}/{RESULTS}, fig5.png and fig6.png: {len(edits)} edits of each loss")
+    table = _table(results, source_scores)
+    write_text(out / "table.md", table + "\n")
+    _write_figures(out, f"{statistics_scale:g}", results, sources, batch_size)
+    print(table)
+    print(f"{out}/{RESULTS}, table.md, fig5.png and fig6.png: {len(edits)} edits of each loss")
     if failed:
         sys.exit(
             f"lmc: failed: {', '.join(failed)} (why is in {out}/{RESULTS}); "
@@ -332,64 +354,95 @@ class _Measure:
             for i in range(len(rows))
         ]
 
-    def source_score(self) -> float:
-        """Mean CLIP score of the untouched sources with the target prompts."""
+    def source_scores(self) -> list[float]:
+        """CLIP score of each untouched source with its target prompt."""
         each = [self(image[None], [i]) for i, image in enumerate(self.sources)]
-        return sum(row["clip_score"] for (row,) in each) / len(each)
+        return [row["clip_score"] for (row,) in each]
 
 
 def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
-    """Means over all edits, by loss and guidance scale."""
+    """Means over all edits, by loss as first measured and guidance scale from low to high."""
     return {
         label: {
             scale: {
                 name: sum(row[name] for row in rows.values()) / len(rows)
                 for name in next(iter(rows.values()))
             }
-            for scale, rows in scales.items()
+            for scale, rows in sorted(scales.items(), key=lambda each: float(each[0]))
             if len(rows) == edits  # fewer where it failed or was stopped
         }
         for label, scales in results.items()
     }
 
 
+def _table(results: Mapping[str, Any], source_scores: Sequence[float]) -> str:
+    """Every loss and scale in `results` of which all edits are done, as Markdown."""
+
+    def summary(**values: Sequence[float]) -> dict[str, Any]:
+        return means({name: np.array(each)[:, None] for name, each in values.items()}, ["edits"])
+
+    count = len(source_scores)
+    rows = {}
+    for label, scales in results["means"].items():
+        for scale in scales:
+            done = results["results"][label][scale]
+            each = [done[str(i)] for i in range(count)]  # in the same order, whenever it was done
+            rows[label, scale] = summary(
+                distance=[row["distance"] for row in each],
+                clip_score=[row["clip_score"] for row in each],
+            )
+    lines = edits_table(results["distance_name"], summary(clip_score=source_scores), rows)
+    return f"{markdown(lines)}\n\n[95 % bootstrap intervals] over {count} edits."
+
+
 def _write_figures(
-    out: Path,
-    specs: Sequence[Spec],
-    scales: Sequence[float],
-    statistics_scale: float,
-    results: Mapping[str, Any],
-    sources: Tensor,
+    out: Path, statistics_scale: str, results: Mapping[str, Any], sources: Tensor, batch_size: int
 ) -> None:
-    """fig5.png and fig6.png of what `results` and the PNGs say, without what failed."""
-    from lmc.evaluate import derivative_histogram, power_spectrum
+    """fig5.png and fig6.png of every loss and scale in `results` of which all edits are done."""
     from lmc.figures import curves_figure, statistics_figure
 
-    means = results["means"]
+    complete = results["means"]
     curves = {
-        spec.label: [
-            (mean["clip_score"], mean["distance"], f"{scale:g}")
-            for scale in scales
-            if (mean := means[spec.label].get(f"{scale:g}"))
-        ]
-        for spec in specs
+        label: [(mean["clip_score"], mean["distance"], scale) for scale, mean in scales.items()]
+        for label, scales in complete.items()
+        if scales
     }
     curves["source"] = [(results["source"], 0.0, "")]
     name = f"{results['distance_name']} to source"
     figure = curves_figure(curves, "CLIP score", name)
     save_whole(out / "fig5.png", figure.savefig, "png")
-    pictures = {"source": sources}
-    for spec in specs:
-        if f"{statistics_scale:g}" not in means[spec.label]:
-            continue
-        files = [_picture(out, spec, statistics_scale, i) for i in range(len(sources))]
-        pictures[spec.label] = torch.stack([read_image(file) for file in files])
+    statistics = {"source": _statistics(sources.split(batch_size))}
+    for label in (label for label, scales in complete.items() if statistics_scale in scales):
+        files = [_picture(out, label, statistics_scale, i) for i in range(len(sources))]
+        statistics[label] = _statistics(
+            torch.stack([read_image(file) for file in files[at : at + batch_size]])
+            for at in range(0, len(files), batch_size)
+        )
     figure = statistics_figure(
-        {label: power_spectrum(images).mean(0) for label, images in pictures.items()},
-        {label: derivative_histogram(images) for label, images in pictures.items()},
+        {label: spectrum for label, (spectrum, _) in statistics.items()},
+        {label: histogram for label, (_, histogram) in statistics.items()},
     )
     save_whole(out / "fig6.png", figure.savefig, "png")
 
 
-def _picture(out: Path, spec: Spec, scale: float, row: int) -> Path:
-    return out / "images" / spec.folder() / f"{scale:g}" / f"{row:04d}.png"
+def _statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean power spectrum (F,) and the histogram of vertical derivatives (bins,) of images.
+
+    Args:
+        batches: (B, 3, S, S) in [-1, 1] each; one at a time is held.
+    """
+    from lmc.metrics import derivative_counts, power_spectrum
+
+    spectra = counts = torch.zeros(())
+    seen = 0
+    # Sums, since a small tensor kept from each batch lies in the way of the next one's memory.
+    for images in batches:
+        spectra = spectra + power_spectrum(images).double().sum(0)
+        counts = counts + derivative_counts(images).double().sum(0)
+        seen += len(images)
+    return (spectra / seen).float(), (counts / counts.sum()).float()
+
+
+def _picture(out: Path, label: str, scale: str, row: int) -> Path:
+    """The file of a result; of the loss the label alone is asked for, its class may be gone."""
+    return out / "images" / Spec(label, "", {}).folder() / scale / f"{row:04d}.png"

@@ -98,14 +98,14 @@ def evaluate(args: argparse.Namespace) -> None:
 def _named_by_prompt(args: argparse.Namespace) -> None:
     """CLIP scores of images named by their prompts."""
     from lmc.evaluate import score_named_by_prompt
-    from lmc.metrics import load_clip
+    from lmc.metrics import Clip
     from lmc.results import write_json
 
     if args.translator or args.images or args.shards:
         raise ValueError("--named-by-prompt measures a folder by itself: no --shards, no others")
     if not args.eval_json:
         raise ValueError("--named-by-prompt needs the file to write (--eval-json)")
-    clip = load_clip(args.clip, args.device, args.offline)
+    clip = Clip(args.clip, args.device, args.offline)
     scores = score_named_by_prompt(Path(args.named_by_prompt), clip)
     write_json(args.eval_json, scores)
     print(f"CLIP score ({clip.name}) of {len(scores) - 2} prompts: {scores['score']:.4f}")

@@ -49,29 +49,33 @@ class Progress:
 
     Args:
         total: steps to be done.
+        work: how much that is, in any unit, for the time left; None: one step is like another.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, work: float | None = None) -> None:
         self.total, self.done = total, 0
+        self.work, self.worked = float(total if work is None else work), 0.0
         self.began = self.last = clock.monotonic()
 
     def seconds(self) -> float:
         """Since the beginning."""
         return clock.monotonic() - self.began
 
-    def steps_done(self, done: int) -> None:
+    def steps_done(self, done: int, worked: float | None = None) -> None:
         """Say how far it is, if there was no line for a while.
 
         Args:
             done: steps so far, in all.
+            worked: how much of the work they were; None: one step is like another.
         """
-        self.done = done
+        self.done, self.worked = done, float(done if worked is None else worked)
         now = clock.monotonic()
         if now - self.last < SECONDS and done < self.total:
             return
         self.last = now
-        speed = done / max(self.seconds(), 1e-9)
-        left = timedelta(seconds=round((self.total - done) / speed))
+        seconds = max(self.seconds(), 1e-9)
+        speed = done / seconds
+        left = timedelta(seconds=round((self.work - self.worked) / self.worked * seconds))
         print(f"step {done}/{self.total}  {speed:.1f} steps/s  {left} left", flush=True)
 
 

@@ -21,17 +21,10 @@ from lightning.pytorch.cli import instantiate_class
 from safetensors import safe_open
 
 from lmc.images import expand_shards
+from lmc.losses import denoiser_evaluations
 from lmc.training.base import TrainingModule
 from lmc.training.validation import Validation
 
-# The fewest denoiser evaluations of an image and step, at guidance scales other than 1.
-EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3, "vsd": 4}
-ONE_BRANCH = (
-    "sds",
-    "dds",
-    "pds",
-    "ms_sds",
-)  # at guidance scale 1 they need the conditional half only
 DENOISERS, CODERS = ("unet", "transformer"), ("vae",)
 PARTS = (*DENOISERS, *CODERS, "text_encoder*", "tokenizer*", "scheduler")
 COUNTED = 100  # shards whose samples are counted; of more, the number is an estimate
@@ -216,29 +209,12 @@ def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
     if "loss" not in model:
         return 1, "a triplet"
     module, _, name = model["loss"]["class_path"].rpartition(".")
-    loss = getattr(importlib.import_module(module), name).name
-    options = _options(model["loss"])
-    each, note = EVALUATIONS.get(loss), ""
-    guided = options.get("guidance_scale") != 1
-    if loss == "ms_sds" and "steps" in options:
-        each = 2 * options["steps"]
-    if loss == "sdi" and "inversion_steps" in options:
-        # 2 int(n t) + 2 while t falls from 1 to 0, the last two 1 where it is not guided.
-        each, note = options["inversion_steps"] + (1 if guided else 0), ", about"
-    if loss == "lmc" and options.get("fixed_noise"):
-        each = 3
-    if loss == "nfsd":
-        note = ", at most"
-    if loss == "vsd":
-        note = ", one of them trains the LoRA"
-    if each is None:
-        return None, loss
-    if not guided:
-        each = each // 2 if loss in ONE_BRANCH else each - (loss in ("nfsd", "vsd"))
-    if model.get("every_class"):
+    loss = getattr(importlib.import_module(module), name)
+    each, what = denoiser_evaluations(loss, _options(model["loss"]))
+    if each is not None and model.get("every_class"):
         classes = len(model["classes"])
-        return each * classes, f"{loss}{note}, each image to {classes} classes"
-    return each, loss + note
+        return each * classes, f"{what}, each image to {classes} classes"
+    return each, what
 
 
 def validation(config: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmc.evaluate import Prompts, Tools, from_all_processes, measure_batch, translated
 from lmc.images import ImageBatch, from_uint8, to_uint8
-from lmc.metrics import Clip, MissingWeights, distances, load_clip
+from lmc.metrics import Clip, MissingWeights, distances
 from lmc.results import Measured, merge, overall
 from lmc.translator import Translator
 
@@ -59,7 +59,7 @@ def load_tools(validation: Validation, image_size: int, device: torch.device) ->
     why = "model.validation.clip names none"
     if validation.clip is not None:
         try:
-            clip = load_clip(validation.clip, device)
+            clip = Clip(validation.clip, device)
         except MissingWeights as error:
             why = str(error)
         except (OSError, ValueError) as error:
