@@ -25,6 +25,7 @@ from lmc.losses import LMC, VSD, Cond, ScoreDistillation
 from lmc.metrics import derivative_histogram, distances, power_spectrum
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
+from lmc.schedule import UniformTime
 
 import worlds
 
@@ -573,6 +574,23 @@ def test_a_command_that_failed_before_measuring_leaves_its_folder_free(edits, tm
     assert (tmp_path / "out" / "settings.yaml").exists()
     main(args)
     assert (tmp_path / "out" / "fig5.png").exists()
+
+
+def test_a_loss_of_a_list_may_have_a_schedule_of_its_own(edits, tmp_path, monkeypatch):
+    drawn = []
+    draw = UniformTime.draw
+
+    def noting(self, *args):
+        drawn.append((self.shared, tuple(self.time_range)))
+        return draw(self, *args)
+
+    monkeypatch.setattr(UniformTime, "draw", noting)
+    given = 'sds,"sds:time=UniformTime:time.shared=true:time.time_range=[0.4, 0.6]"'
+    main([*edits, f"--losses={given}", "--guidance_scales=5"])
+    # Two whole steps and two of two patches: for each by itself, or one t a step for all.
+    assert drawn == [(False, (0.02, 0.98))] * 12 + [(True, (0.4, 0.6))] * 4
+    said = error(*edits, "--losses=sds,sdi:time=UniformTime", f"--out={tmp_path}/no")
+    assert "the loss 'sdi' needs one t for the whole batch" in said
 
 
 def test_a_loss_is_built_once_for_a_scale_unless_it_learns(edits, tmp_path, monkeypatch):

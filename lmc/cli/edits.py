@@ -79,7 +79,8 @@ def edit_list(
             source_prompt and prompt.
         clip: a CLIP model, folder or hub id.
         out: folder to write.
-        losses: with commas, each NAME[:OPTION=VALUE]*, such as lmc,sds:weighting=fantasia3d.
+        losses: with commas, each NAME[:OPTION=VALUE]*, such as lmc,sds:weighting=fantasia3d; the
+            option time is how t is drawn, such as sdi:time=UniformTime:time.shared=true.
         corrector: of the losses that take one and name none, such as lmc.
         guidance_scales: with commas.
         statistics_scale: the one of them that fig6.png is about.
@@ -104,7 +105,9 @@ def edit_list(
         (spec.label, scale): _build(spec, corrector, scale) for spec in specs for scale in scales
     }
     correctors = {spec.label: _corrector_digest(built[spec.label, scales[0]]) for spec in specs}
-    for loss in built.values():
+    schedules = {spec.label: spec.schedule() for spec in specs}
+    for (label, _), loss in built.items():
+        loss.choose_time(schedules[label])
         job = _edits_job(prior, loss, edits, sources, first, seed, settings)
         check_task(Pixels(sources[first]), **job.arguments())
     prompts = [p for each in edits for p in (each.source_prompt, each.prompt)]
@@ -157,6 +160,7 @@ def edit_list(
         images = optimize(
             Pixels(sources[rows]),
             **job.arguments(),
+            time=schedules[spec.label],
             device=device,
             watch=lambda done: progress.steps_done(
                 before + done * len(rows), worked + work(spec, scale, done, len(rows))
@@ -445,4 +449,4 @@ def _statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _picture(out: Path, label: str, scale: str, row: int) -> Path:
     """The file of a result; of the loss the label alone is asked for, its class may be gone."""
-    return out / "images" / Spec(label, "", {}).folder() / scale / f"{row:04d}.png"
+    return out / "images" / Spec(label, "").folder() / scale / f"{row:04d}.png"
