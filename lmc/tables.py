@@ -132,11 +132,12 @@ def edits_table(
     Args:
         distance: its name, for the heading.
         source: 'clip_score' of the untouched sources, as in `lmc.results.means`.
-        rows: by loss and ω: 'distance' and 'clip_score', as there.
+        rows: by loss and ω: 'distance', 'clip_score' and, of some, 'spectrum_error', as there.
     """
-    lines = [["loss", "ω", f"{distance} to source", "CLIP score"]]
+    lines = [["loss", "ω", f"{distance} to source", "CLIP score", "spectrum error"]]
     for (loss, scale), each in {("source", "–"): source, **rows}.items():
-        cells = [_cell(each.get(name), ".3f") for name in ("distance", "clip_score")]
+        names = ("distance", "clip_score", "spectrum_error")
+        cells = [_cell(each.get(name), ".3f") for name in names]
         lines.append([loss, scale, *cells])
     return lines
 

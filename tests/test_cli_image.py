@@ -451,13 +451,19 @@ def test_a_table_has_means_with_intervals_over_the_edits(edits, world, tmp_path,
     scores = [untouched[i % 2].item() for i in range(7)]
     assert found["source"] == pytest.approx(sum(scores) / 7, abs=1e-5)
     rows = [
-        ["loss", "ω", f"{found['distance_name']} to source", "CLIP score"],
-        ["source", "–", "–", cell(scores)],
+        ["loss", "ω", f"{found['distance_name']} to source", "CLIP score", "spectrum error"],
+        ["source", "–", "–", cell(scores), "–"],
     ]
+    sources = power_spectrum(torch.stack([squares[i % 2] for i in range(7)])).mean(0)
     for label in ("sds", "cond"):
         for scale in ("2", "5"):
             cells = [cell(by_edit(label, scale, x)) for x in ("distance", "clip_score")]
-            rows.append([label, scale, *cells])
+            files = sorted((out / "images" / label / scale).glob("*.png"))
+            spectrum = power_spectrum(torch.stack([read(file) for file in files])).mean(0)
+            error = (spectrum / sources).log10().abs().mean().item()
+            rows.append([label, scale, *cells, f"{error:.3f}" if scale == "5" else "–"])
+            if scale == "5":
+                assert found["spectrum_error"]["5"][label] == pytest.approx(error, rel=1e-4)
     table, about = text.strip().split("\n\n")
     lines = table.splitlines()
     assert [line.strip("| ").split(" | ") for line in [lines[0], *lines[2:]]] == rows

@@ -66,8 +66,9 @@ def edit_list(
     """Every edit of a list with every loss at every guidance scale, measured [LMC, Fig. 5, 6].
 
     Writes the results as PNGs, results.json with each one's distance to its source and CLIP score,
-    table.md (their means, with 95 % bootstrap intervals over the edits), fig5.png (distance over
-    CLIP score, a curve a loss) and fig6.png (image statistics). The same command again goes on
+    table.md (their means, with 95 % bootstrap intervals over the edits, and the spectrum error at
+    STATISTICS_SCALE), fig5.png (distance over CLIP score, a curve a loss) and fig6.png (image
+    statistics at that scale). The same command again goes on
     where it stopped, also with more losses or guidance scales; the table and the figures have all
     that are complete. The guidance is not rescaled by 1/ω. Where a loss fails the others go on; it
     is named at the end, with a non-zero exit status, and under `failed` in results.json.
@@ -83,7 +84,7 @@ def edit_list(
             option time is how t is drawn, such as sdi:time=UniformTime:time.shared=true.
         corrector: of the losses that take one and name none, such as lmc.
         guidance_scales: with commas.
-        statistics_scale: the one of them that fig6.png is about.
+        statistics_scale: the one of them that fig6.png and the spectrum error are of.
         size: side of the images in pixels; the middle square of each is resized to it.
         settings: the defaults are the paper's.
         seed: of the first edit; the second has the next, and so on.
@@ -192,9 +193,13 @@ def edit_list(
     results["failed"] = others | failed
     results["means"] = _means(results["results"], len(edits))
     write_json(out / RESULTS, results)
-    table = _table(results, source_scores)
+    of_scale = f"{statistics_scale:g}"
+    statistics = _all_statistics(out, of_scale, results["means"], sources, batch_size)
+    results["spectrum_error"] = {of_scale: _spectrum_errors(statistics)}
+    write_json(out / RESULTS, results)
+    table = _table(results, source_scores, of_scale)
     write_text(out / "table.md", table + "\n")
-    _write_figures(out, f"{statistics_scale:g}", results, sources, batch_size)
+    _write_figures(out, results, statistics)
     print(table)
     print(f"{out}/{RESULTS}, table.md, fig5.png and fig6.png: {len(edits)} edits of each loss")
     if failed:
@@ -379,7 +384,9 @@ def _means(results: Mapping[str, Any], edits: int) -> dict[str, Any]:
     }
 
 
-def _table(results: Mapping[str, Any], source_scores: Sequence[float]) -> str:
+def _table(
+    results: Mapping[str, Any], source_scores: Sequence[float], statistics_scale: str
+) -> str:
     """Every loss and scale in `results` of which all edits are done, as Markdown."""
 
     def summary(**values: Sequence[float]) -> dict[str, Any]:
@@ -395,33 +402,54 @@ def _table(results: Mapping[str, Any], source_scores: Sequence[float]) -> str:
                 distance=[row["distance"] for row in each],
                 clip_score=[row["clip_score"] for row in each],
             )
+    # A function of all edits' spectra, without a value for each that an interval could be over.
+    for label, error in results["spectrum_error"][statistics_scale].items():
+        rows[label, statistics_scale]["spectrum_error"] = {"value": error, "low": None}
     lines = edits_table(results["distance_name"], summary(clip_score=source_scores), rows)
     return f"{markdown(lines)}\n\n[95 % bootstrap intervals] over {count} edits."
 
 
+def _all_statistics(
+    out: Path, scale: str, complete: Mapping[str, Any], sources: Tensor, batch_size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`_statistics` of the sources, as 'source', and of each loss that is complete at a scale."""
+    found = {"source": _statistics(sources.split(batch_size))}
+    for label in (label for label, scales in complete.items() if scale in scales):
+        files = [_picture(out, label, scale, i) for i in range(len(sources))]
+        found[label] = _statistics(
+            torch.stack([read_image(file) for file in files[at : at + batch_size]])
+            for at in range(0, len(files), batch_size)
+        )
+    return found
+
+
+def _spectrum_errors(statistics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """`lmc.metrics.spectrum_error` of each loss to the sources."""
+    from lmc.metrics import spectrum_error
+
+    source, _ = statistics["source"]
+    return {
+        label: spectrum_error(spectrum, source).item()
+        for label, (spectrum, _) in statistics.items()
+        if label != "source"
+    }
+
+
 def _write_figures(
-    out: Path, statistics_scale: str, results: Mapping[str, Any], sources: Tensor, batch_size: int
+    out: Path, results: Mapping[str, Any], statistics: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
-    """fig5.png and fig6.png of every loss and scale in `results` of which all edits are done."""
+    """fig5.png of every loss and scale in `results` that is complete, fig6.png of `statistics`."""
     from lmc.figures import curves_figure, statistics_figure
 
-    complete = results["means"]
     curves = {
         label: [(mean["clip_score"], mean["distance"], scale) for scale, mean in scales.items()]
-        for label, scales in complete.items()
+        for label, scales in results["means"].items()
         if scales
     }
     curves["source"] = [(results["source"], 0.0, "")]
     name = f"{results['distance_name']} to source"
     figure = curves_figure(curves, "CLIP score", name)
     save_whole(out / "fig5.png", figure.savefig, "png")
-    statistics = {"source": _statistics(sources.split(batch_size))}
-    for label in (label for label, scales in complete.items() if statistics_scale in scales):
-        files = [_picture(out, label, statistics_scale, i) for i in range(len(sources))]
-        statistics[label] = _statistics(
-            torch.stack([read_image(file) for file in files[at : at + batch_size]])
-            for at in range(0, len(files), batch_size)
-        )
     figure = statistics_figure(
         {label: spectrum for label, (spectrum, _) in statistics.items()},
         {label: histogram for label, (_, histogram) in statistics.items()},
