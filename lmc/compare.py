@@ -330,6 +330,10 @@ def _claim(out: Path, configs: Mapping[str, dict[str, Any]], checked: Checked) -
     }
     if file.exists():
         there = json.loads(file.read_text())
+        if "prior" not in there:
+            raise ValueError(
+                f"{out} holds a comparison of an earlier version: name another (--out)"
+            )
         begun = [label for label in there["losses"] if _begun(out, label)]
         if begun:
             _check_same(out, there, here, begun)

@@ -518,6 +518,14 @@ def test_a_corrector_made_again_is_another(world, trained, tiny_prior_folder, tm
     main(args(world, out, "cond", "--", "--trainer.max_steps=1"))  # which has no corrector
 
 
+def test_a_comparison_of_an_earlier_version_is_refused(world, trained, copy):
+    record = json.loads((copy / "comparison.json").read_text())
+    del record["prior"]
+    (copy / "comparison.json").write_text(json.dumps(record))
+    assert "of an earlier version" in message(*args(world, copy, "cond"))
+    assert not trained
+
+
 def test_another_prior_at_the_same_path(world, trained, tiny_prior_folder, tmp_path):
     prior, out = tmp_path / "prior", tmp_path / "out"
     shutil.copytree(tiny_prior_folder, prior)

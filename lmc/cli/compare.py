@@ -71,7 +71,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--losses",
         metavar="LOSS[:KEY=VALUE …],…",
         help="such as lmc,sds,sds:guidance_scale=100; a loss is a name or a class path, a key an "
-        "option of it, in place of the configuration's; quotes around a loss with a comma in it; "
+        "option of it, or time, how t is drawn, in place of the configuration's; quotes around a loss with a comma in it; "
         "default every loss there is",
     )
     command.add_argument(
