@@ -71,8 +71,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--losses",
         metavar="LOSS[:KEY=VALUE …],…",
         help="such as lmc,sds,sds:guidance_scale=100; a loss is a name or a class path, a key an "
-        "option of it, or time, how t is drawn, in place of the configuration's; quotes around a loss with a comma in it; "
-        "default every loss there is",
+        "option of it, or time, how t is drawn, in place of the configuration's; quotes around a "
+        "loss with a comma in it; default every loss there is",
     )
     command.add_argument(
         "--seeds",
