@@ -26,6 +26,7 @@ from lmc.metrics import derivative_histogram, distances, power_spectrum
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
 from lmc.schedule import UniformTime
+from lmc.specs import LOSSES
 
 import worlds
 
@@ -489,6 +490,15 @@ def test_image_statistics_are_of_batches_and_the_same(edits, world, tmp_path, mo
     spectra, histograms = drawn["statistics_figure"]
     torch.testing.assert_close(spectra["sds"], power_spectrum(images).mean(0), rtol=1e-6, atol=0)
     assert torch.equal(histograms["sds"], derivative_histogram(images))
+
+
+def test_a_list_is_of_every_loss_by_default(edits, tmp_path):
+    args = [arg for arg in edits if not arg.startswith("--losses")]
+    args += ["--corrector=identity", "--guidance_scales=5"]
+    main(args)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(found["means"]) == set(LOSSES) and not found["failed"]
+    assert all("5" in scales for scales in found["means"].values())
 
 
 def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):

@@ -53,7 +53,7 @@ def edit_list(
     list: Path,
     clip: str,
     out: Path,
-    losses: list[str] | str = "lmc,sds,dds,nfsd",
+    losses: list[str] | str | None = None,
     corrector: str | None = None,
     guidance_scales: list[float] | float | str = "1,5,15,30,100",
     statistics_scale: float = 5.0,
@@ -81,7 +81,8 @@ def edit_list(
         clip: a CLIP model, folder or hub id.
         out: folder to write.
         losses: with commas, each NAME[:OPTION=VALUE]*, such as lmc,sds:weighting=fantasia3d; the
-            option time is how t is drawn, such as sdi:time=UniformTime:time.shared=true.
+            option time is how t is drawn, such as sdi:time=UniformTime:time.shared=true. The
+            default is every loss of lmc.losses.
         corrector: of the losses that take one and name none, such as lmc.
         guidance_scales: with commas.
         statistics_scale: the one of them that fig6.png and the spectrum error are of.
