@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 from lmc.corrector import BiasCorrector
 from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
 from lmc.figures import labelled_grid
-from lmc.files import whole, write_text
+from lmc.files import whole, write_json, write_text
 from lmc.images import ImageStream
 from lmc.losses import ScoreDistillation
 from lmc.metrics import distances
 from lmc.priors import Prior
 from lmc.release import load_averaged
-from lmc.results import VERSION, combine, numbers, write_json
+from lmc.results import VERSION, combine, numbers
 from lmc.schedule import TimeSchedule
 from lmc.specs import Spec, build
 from lmc.tables import markdown, seeds_table

@@ -6,7 +6,6 @@ A result is the dict that `lmc evaluate --out` writes; docs/evaluation.md has ev
 import hashlib
 import importlib.metadata
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lmc import __version__
-from lmc.files import write_text
 from lmc.metrics import Array, fid, interval, kid, kid_subset_size, resampling, spectrum_error
 
 FORMAT, VERSION = "lmc evaluation", 1
@@ -456,14 +454,3 @@ def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
         "r_precision_by_class": {name: each["value"] for name, each in by_class.items()},
         "images": row["images"],
     }
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Atomically; a list of numbers or words on one line."""
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda x: f"[{_line(x[1])}]", text)
-    write_text(file, text + "\n")
-
-
-def _line(text: str) -> str:
-    return re.sub(r",\n\s+", ", ", text)

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lmc.files import write_text
+from lmc.files import write_json
 from lmc.images import (
     BrokenSample,
     ImageBatch,
@@ -191,7 +191,7 @@ def write_triplets(
         if not images:
             (out / f"{name}.tar").unlink()
             raise ValueError(f"{shards[name]} has no sample that can be read, last: {skipped[-1:]}")
-        _write_json(out / f"{name}.json", {"images": images, "skipped": skipped})
+        write_json(out / f"{name}.json", {"images": images, "skipped": skipped})
         progress.shard_done()
     return summary(out)
 
@@ -347,7 +347,7 @@ def _record(out: Path, what: TripletSet, shards: Mapping[str, str], prior: Prior
     now = json.loads(json.dumps(now))
     file = out / RECORD
     if not file.exists():
-        _write_json(file, now)
+        write_json(file, now)
         return
     there = json.loads(file.read_text())
     other = [name for name in now if there.get(name) != now[name]]
@@ -365,10 +365,6 @@ def _done(out: Path, name: str) -> bool:
         return False
     check_shard(str(out / f"{name}.tar"))
     return True
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class _Progress:

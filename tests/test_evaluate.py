@@ -30,9 +30,10 @@ from lmc.evaluate import (
     score_named_by_prompt,
     translated,
 )
+from lmc.files import write_json
 from lmc.images import ImageBatch, ImageStream, from_uint8, to_uint8
 from lmc.metrics import fid, kid, one_minus_ssim, power_spectrum, rmse, saturation, spectrum_error
-from lmc.results import combine, numbers, write_json
+from lmc.results import combine, numbers
 from lmc.tables import evaluation_text
 from lmc.translator import Translator
 

@@ -15,7 +15,6 @@ import jsonargparse
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from lmc.cli import check_device
@@ -31,10 +30,9 @@ from lmc.dreamsampler import (
     check_prior,
     data_weight,
 )
-from lmc.files import write_text
+from lmc.files import write_json, write_text
 from lmc.images import decode_image, middle_square
 from lmc.priors import Embedding, Prior
-from lmc.results import write_json
 from lmc.specs import instantiate
 
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
@@ -324,6 +322,8 @@ TASKS: dict[str, type[Task]] = {
 
 def psnr(image: Tensor, original: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, of `image` clipped to [-1, 1]."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     return round(peak_signal_noise_ratio(image.clamp(-1, 1), original, data_range=2.0).item(), 2)
 
 

@@ -26,12 +26,11 @@ from lmc.cli.shared import (
     save_whole,
 )
 from lmc.corrector import BiasCorrector
-from lmc.files import write_text
+from lmc.files import write_json, write_text
 from lmc.images import middle_square
 from lmc.losses import ScoreDistillation, denoiser_evaluations
 from lmc.optimize import Comparison, Pixels, Synthesis, check_task, embed, optimize
 from lmc.priors import Prior
-from lmc.results import means, write_json
 from lmc.specs import Spec, parse_specs
 from lmc.tables import edits_table, markdown
 
@@ -68,10 +67,10 @@ def edit_list(
     Writes the results as PNGs, results.json with each one's distance to its source and CLIP score,
     table.md (their means, with 95 % bootstrap intervals over the edits, and the spectrum error at
     STATISTICS_SCALE), fig5.png (distance over CLIP score, a curve a loss) and fig6.png (image
-    statistics at that scale). The same command again goes on
-    where it stopped, also with more losses or guidance scales; the table and the figures have all
-    that are complete. The guidance is not rescaled by 1/ω. Where a loss fails the others go on; it
-    is named at the end, with a non-zero exit status, and under `failed` in results.json.
+    statistics at that scale). The same command again goes on where it stopped, also with more
+    losses or guidance scales; the table and the figures have all that are complete. The guidance is
+    not rescaled by 1/ω. Where a loss fails the others go on; it is named at the end, with a
+    non-zero exit status, and under `failed` in results.json.
 
     Args:
         record: the options as YAML, kept beside the result.
@@ -389,6 +388,7 @@ def _table(
     results: Mapping[str, Any], source_scores: Sequence[float], statistics_scale: str
 ) -> str:
     """Every loss and scale in `results` of which all edits are done, as Markdown."""
+    from lmc.results import means
 
     def summary(**values: Sequence[float]) -> dict[str, Any]:
         return means({name: np.array(each)[:, None] for name, each in values.items()}, ["edits"])

@@ -20,8 +20,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from lmc.evaluate import Folder, Tools, heldout_keys, real_features, translated
     from lmc.evaluate import evaluate as measure
+    from lmc.files import write_json
     from lmc.release import load_translator
-    from lmc.results import combine, read_result, write_json
+    from lmc.results import combine, read_result
     from lmc.tables import evaluation_text
 
     began = time.monotonic()
@@ -98,8 +99,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def _named_by_prompt(args: argparse.Namespace) -> None:
     """CLIP scores of images named by their prompts."""
     from lmc.evaluate import score_named_by_prompt
+    from lmc.files import write_json
     from lmc.metrics import Clip
-    from lmc.results import write_json
 
     if args.translator or args.images or args.shards:
         raise ValueError("--named-by-prompt measures a folder by itself: no --shards, no others")

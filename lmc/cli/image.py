@@ -31,7 +31,7 @@ from lmc.cli.shared import (
     save_image,
     save_whole,
 )
-from lmc.files import write_text
+from lmc.files import write_json, write_text
 from lmc.images import middle_square
 from lmc.losses import LMC, ScoreDistillation
 from lmc.optimize import (
@@ -46,7 +46,6 @@ from lmc.optimize import (
     optimize,
 )
 from lmc.priors import Prior
-from lmc.results import write_json
 from lmc.schedule import TimeSchedule, add_noise
 from lmc.specs import instantiate
 

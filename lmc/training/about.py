@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lmc.results import versions, write_json
+from lmc.files import write_json
+from lmc.results import versions
 
 LIBRARIES = ("torch", "lightning", "diffusers", "transformers")
 PACKAGE = Path(__file__).parents[1]
