@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lmc.images import ImageBatch, ImageStream
+from lmc.shards.images import ImageBatch, ImageStream
 
 WARM_UP = 3  # batches a turn that a worker had ready while it waited: not timed
 

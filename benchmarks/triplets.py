@@ -26,11 +26,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lmc.corrector import corrector_loss
-from lmc.images import ImageStream, write_shard
 from lmc.priors import Embedding
 from lmc.schedule import Schedule
+from lmc.shards.images import ImageStream, write_shard
+from lmc.shards.store import TripletSet, write_triplets
+from lmc.shards.triplets import TripletStream
 from lmc.training.bias import CorrectorTraining
-from lmc.triplets import TripletSet, TripletStream, write_triplets
 
 
 def training(config: dict[str, Any]) -> CorrectorTraining:

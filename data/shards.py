@@ -27,7 +27,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmc.images import check_shard, heldout_digests, name_digest, write_shard
+from lmc.shards.images import heldout_digests, name_digest, write_shard
+from lmc.shards.stream import check_shard
 
 from pictures import Item, Options, digest_all, process_all, start_worker
 from sources import SUFFIXES, Refused, Skip, Source

@@ -109,7 +109,7 @@ def list_tar(path: Path, label: str | None) -> tuple[list[Source], list[Skip]]:
     Raises:
         Refused: it is compressed, damaged or cut off.
     """
-    from lmc.images import check_shard  # not above: see `pictures`
+    from lmc.shards.stream import check_shard
 
     sources, skipped = [], []
     try:

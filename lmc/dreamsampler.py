@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur, pad
 
-from lmc.images import resize
 from lmc.priors import Embedding, Prior
 from lmc.schedule import Coefficients, FlowSchedule, add_noise, ddim_step, guide
+from lmc.shards.images import resize
 
 Penalty = Callable[[Tensor], Tensor]
 Track = Callable[[Sequence[float]], Iterable[float]]

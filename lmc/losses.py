@@ -14,13 +14,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lmc.corrector import (
-    BiasCorrector,
-    Corrector,
-    IdentityCorrector,
-    Statistics,
-    load_corrector,
-)
+from lmc.corrector import BiasCorrector, Corrector, IdentityCorrector, Statistics
+from lmc.load import load_corrector
 from lmc.priors import Embedding, LoraPrior, Prior
 from lmc.schedule import (
     FallingTime,

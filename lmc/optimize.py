@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lmc.images import resize
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.priors import Embedding, Prior
 from lmc.schedule import TimeSchedule
+from lmc.shards.images import resize
 
 Window = tuple[int, int, int]  # top, left and side in pixels of a square part of an image
 

@@ -13,11 +13,12 @@ from test_evaluate import build_clip_folder
 from test_release import averaged, corrector_run, translator_run
 
 from lmc.cli import main
-from lmc.corrector import FilterCorrector, load_corrector
-from lmc.evaluate import evaluate_corrector
-from lmc.images import ImageStream, decode_image, resize, to_uint8
+from lmc.filter import FilterCorrector
+from lmc.load import load_corrector
+from lmc.measure.correctors import evaluate_corrector
 from lmc.priors import DiffusersPrior
 from lmc.release import release
+from lmc.shards.images import ImageStream, decode_image, resize, to_uint8
 from lmc.translator import Translator
 
 import worlds

@@ -12,20 +12,26 @@ import torch
 from PIL import Image
 from test_evaluate import build_clip_folder
 
-import lmc.cli.edits
-import lmc.cli.image
-import lmc.cli.shared
-import lmc.evaluate
-import lmc.metrics
+import lmc.measure.evaluate
+import lmc.measure.metrics
+import lmc.one_image.edits
+import lmc.one_image.job
+import lmc.one_image.synthesis
 from lmc.cli import main
-from lmc.corrector import FilterCorrector
-from lmc.evaluate import Clip, clip_score, rmse
-from lmc.images import decode_image, resize
+from lmc.filter import FilterCorrector
 from lmc.losses import LMC, VSD, Cond, ScoreDistillation
-from lmc.metrics import derivative_histogram, distances, power_spectrum
+from lmc.measure.metrics import (
+    Clip,
+    clip_score,
+    derivative_histogram,
+    distances,
+    power_spectrum,
+    rmse,
+)
 from lmc.optimize import Comparison, Editing, Synthesis
 from lmc.priors import DiffusersPrior
 from lmc.schedule import UniformTime
+from lmc.shards.images import decode_image, resize
 from lmc.specs import LOSSES
 
 import worlds
@@ -213,7 +219,7 @@ def test_what_the_machine_lacks_is_said_in_a_line(synthesize, monkeypatch, raise
     def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr(lmc.cli.image, "optimize", fail)
+    monkeypatch.setattr(lmc.one_image.synthesis, "optimize", fail)
     assert said in error(*synthesize)
 
 
@@ -221,7 +227,7 @@ def test_an_error_of_the_program_keeps_its_traceback(synthesize, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(lmc.cli.image, "optimize", fail)
+    monkeypatch.setattr(lmc.one_image.synthesis, "optimize", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(synthesize)
 
@@ -293,7 +299,7 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
 
 def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
     runs: list[tuple[str, float, list[int]]] = []
-    optimize = lmc.cli.edits.optimize
+    optimize = lmc.one_image.edits.optimize
 
     def counted(renderer, **options):
         if len(runs) == 3:
@@ -302,7 +308,7 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
         runs.append((loss.name, loss.guidance_scale, options["seeds"]))
         return optimize(renderer, **options)
 
-    monkeypatch.setattr(lmc.cli.edits, "optimize", counted)
+    monkeypatch.setattr(lmc.one_image.edits, "optimize", counted)
     args = [*edits, "--batch_size=1", "--seed=7", "--losses=sds,cond"]
     with pytest.raises(SystemExit) as caught:
         main(args)
@@ -326,14 +332,14 @@ def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
 @pytest.fixture
 def drawn(monkeypatch) -> dict[str, list]:
     """What the figures were drawn from: their functions' arguments by name, the last command's."""
-    import lmc.figures
+    import lmc.measure.figures
 
     given: dict[str, list] = {}
 
     def noting(name: str) -> None:
-        draw = getattr(lmc.figures, name)
+        draw = getattr(lmc.measure.figures, name)
         monkeypatch.setattr(
-            lmc.figures, name, lambda *args: (given.update({name: args}), draw(*args))[1]
+            lmc.measure.figures, name, lambda *args: (given.update({name: args}), draw(*args))[1]
         )
 
     noting("curves_figure")
@@ -372,7 +378,7 @@ def test_a_loss_that_failed_is_drawn_in_the_order_it_was_measured(
         raise FloatingPointError("not finite")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lmc.cli.edits, "optimize", failing)
+        patch.setattr(lmc.one_image.edits, "optimize", failing)
         with pytest.raises(SystemExit, match="failed: sds at 2, sds at 5"):
             main([*edits, "--losses=sds"])
     assert [*drawn["curves_figure"][0]] == ["source"]
@@ -400,9 +406,9 @@ def test_the_time_left_is_by_evaluations_of_the_denoiser(edits, monkeypatch, cap
                 raise FloatingPointError("not finite")
         return renderer.image.detach()
 
-    monkeypatch.setattr(lmc.cli.edits, "optimize", ticking)
-    monkeypatch.setattr(lmc.cli.shared, "SECONDS", 0.0)
-    monkeypatch.setattr(lmc.cli.shared, "clock", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(lmc.one_image.edits, "optimize", ticking)
+    monkeypatch.setattr(lmc.one_image.job, "SECONDS", 0.0)
+    monkeypatch.setattr(lmc.one_image.job, "clock", SimpleNamespace(monotonic=lambda: now[0]))
     losses = "cond,test_cli_image.Another,dds,sdi"
     with pytest.raises(SystemExit, match="failed: dds at 5"):
         main([*edits, f"--losses={losses}", "--guidance_scales=5", "--batch_size=1"])
@@ -481,8 +487,8 @@ def test_image_statistics_are_of_batches_and_the_same(edits, world, tmp_path, mo
         seen.append(len(images))
         return power_spectrum(images)
 
-    monkeypatch.setattr(lmc.metrics, "power_spectrum", noted)
-    monkeypatch.setattr(lmc.evaluate, "power_spectrum", noted)
+    monkeypatch.setattr(lmc.measure.metrics, "power_spectrum", noted)
+    monkeypatch.setattr(lmc.measure.evaluate, "power_spectrum", noted)
     args = [*edits, f"--list={world}/five.jsonl", "--losses=sds", "--guidance_scales=5"]
     main([*args, "--batch_size=2"])
     assert seen == [2, 2, 1, 2, 2, 1]
@@ -509,7 +515,7 @@ def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
 
 
 def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch, capsys):
-    optimize = lmc.cli.edits.optimize
+    optimize = lmc.one_image.edits.optimize
     raised = [FloatingPointError("not finite"), TypeError("odd"), torch.OutOfMemoryError("CUDA")]
 
     def failing(renderer, **options):
@@ -518,7 +524,7 @@ def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch,
             raise raised.pop(0)
         return optimize(renderer, **options)
 
-    monkeypatch.setattr(lmc.cli.edits, "optimize", failing)
+    monkeypatch.setattr(lmc.one_image.edits, "optimize", failing)
     args = [*edits, "--losses=sds,cond", "--batch_size=1"]
     with pytest.raises(SystemExit) as caught:
         main(args)
@@ -560,7 +566,7 @@ def test_a_list_goes_on_with_the_same_corrector_and_measures_only(
     main(args)
     made = results.read_bytes()
     # The same things by other paths, from elsewhere, and the same losses: nothing is left to do.
-    monkeypatch.setattr(lmc.cli.edits, "optimize", lambda *_, **__: pytest.fail("it is done"))
+    monkeypatch.setattr(lmc.one_image.edits, "optimize", lambda *_, **__: pytest.fail("it is done"))
     monkeypatch.chdir(world)
     (tmp_path / "prior").symlink_to(tiny_prior_folder)
     (tmp_path / "filter").rename(tmp_path / "moved")
@@ -578,7 +584,7 @@ def test_a_list_goes_on_with_the_same_corrector_and_measures_only(
     main([*args, "--losses=sds,test_cli_image.OwnLMC", "--guidance_scales=5"])
     assert "something else (the corrector of lmc)" in error(*args, "--losses=sds,lmc")
     measures = distances(24)
-    monkeypatch.setattr(lmc.metrics, "distances", lambda size: {"lpips": rmse, **measures})
+    monkeypatch.setattr(lmc.measure.metrics, "distances", lambda size: {"lpips": rmse, **measures})
     assert "something else (distances)" in error(*args, "--losses=sds")
 
 
@@ -616,7 +622,7 @@ def test_a_loss_is_built_once_for_a_scale_unless_it_learns(edits, tmp_path, monk
         seen.append(options["loss"])
         return renderer.image.detach()
 
-    monkeypatch.setattr(lmc.cli.edits, "optimize", blurred)
+    monkeypatch.setattr(lmc.one_image.edits, "optimize", blurred)
     # Two labels that differ in a character that no folder has.
     names = ["nfsd:negative_prompt=a cat", "nfsd:negative_prompt=a_cat", "vsd"]
     main([*edits, f"--losses={','.join(names)}", "--batch_size=1", "--guidance_scales=5"])
@@ -674,7 +680,7 @@ def test_configs_open_with_a_command_that_takes_them(file):
     _, command, *args = shlex.split(header[1])
     assert f"--config configs/image/{file.name}" in header[1]
     args[args.index("--config") + 1] = str(file)
-    function, parser = lmc.cli.image.command_line(command, args)
+    function, parser = lmc.one_image.synthesis.command_line(command, args)
     given = parser.parse_args(args)
     settings = {"synthesize": Synthesis, "edit": Editing, "edit_list": Comparison}
     assert "Expected:" in "".join(header) or "not run" in "".join(header)
@@ -684,13 +690,13 @@ def test_configs_open_with_a_command_that_takes_them(file):
 
 def test_gradients_are_pictured(prior, world, tmp_path, monkeypatch):
     """The halves of SDS as SDS itself has them, and b's."""
-    import lmc.figures
+    import lmc.measure.figures
     from lmc.losses import LMC, SDS, LossInputs
 
     shown = {}
-    figure = lmc.figures.gradients_figure
+    figure = lmc.measure.figures.gradients_figure
     monkeypatch.setattr(
-        lmc.figures,
+        lmc.measure.figures,
         "gradients_figure",
         lambda rows, names: shown.update(rows) or figure(rows, names),
     )

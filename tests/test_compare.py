@@ -21,20 +21,20 @@ from PIL import Image
 from test_evaluate import build_clip_folder
 from torch.utils.data import DataLoader
 
-import lmc.compare
+import lmc.compare.comparison
 import lmc.training.__main__ as training
 from lmc.cli import main
+from lmc.compare.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
 from lmc.corrector import Corrector
-from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
-from lmc.images import ImageStream
+from lmc.load import load_averaged
 from lmc.losses import NEGATIVE_PROMPT
-from lmc.metrics import distances
+from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
+from lmc.measure.metrics import Clip, distances
+from lmc.measure.results import numbers
+from lmc.measure.tables import markdown, seeds_table
 from lmc.priors import DiffusersPrior
-from lmc.release import load_averaged
-from lmc.results import numbers
+from lmc.shards.images import ImageStream
 from lmc.specs import LOSSES, parse_specs
-from lmc.tables import markdown, seeds_table
-from lmc.training.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
 
 import worlds
 
@@ -456,14 +456,14 @@ def test_a_run_that_cannot_be_measured(world, trained, copy):
 
 
 def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
-    drawn = lmc.compare._translator
+    drawn = lmc.compare.comparison._translator
 
     def failing(run: Path) -> object:
         if run.parent.name == "sds":
             raise RuntimeError("no room")
         return drawn(run)
 
-    monkeypatch.setattr(lmc.compare, "_translator", failing)
+    monkeypatch.setattr(lmc.compare.comparison, "_translator", failing)
     assert "1 trainings failed" in message(*args(world, copy, "cond,sds", "--seeds", "0,1"))
     assert "sds is not in grid.png: no room" in capsys.readouterr().out
     assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18

@@ -6,17 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lmc.corrector import (
-    Corrector,
-    FilterCorrector,
-    IdentityCorrector,
-    corrector_loss,
-    estimate_filter,
-    load_corrector,
-    normalise,
-)
+from lmc.corrector import Corrector, IdentityCorrector, corrector_loss, normalise
+from lmc.filter import FilterCorrector, estimate_filter
+from lmc.load import load_corrector
+from lmc.shards.triplets import Triplets, draw_t_and_eps, sample_triplets
 from lmc.translator import Translator
-from lmc.triplets import Triplets, draw_t_and_eps, sample_triplets
 
 from gaussian import GaussianPrior, power_spectrum
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmc.evaluate import Clip, r_precision
-from lmc.images import ImageStream, heldout_names
+from lmc.load import load_network
+from lmc.measure.metrics import Clip, r_precision
 from lmc.priors import DiffusersPrior
-from lmc.release import load_network
+from lmc.shards.images import ImageStream, heldout_names
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "data" / "demo"

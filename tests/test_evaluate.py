@@ -17,24 +17,31 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from lmc.cli import main
 from lmc.cli.evaluate import _named
 from lmc.corrector import Corrector
-from lmc.evaluate import (
-    Clip,
-    CorrectorErrors,
+from lmc.files import write_json
+from lmc.measure.correctors import CorrectorErrors, evaluate_corrector
+from lmc.measure.evaluate import (
     Folder,
     Prompts,
     Tools,
     evaluate,
-    evaluate_corrector,
     heldout_keys,
     real_features,
     score_named_by_prompt,
     translated,
 )
-from lmc.files import write_json
-from lmc.images import ImageBatch, ImageStream, from_uint8, to_uint8
-from lmc.metrics import fid, kid, one_minus_ssim, power_spectrum, rmse, saturation, spectrum_error
-from lmc.results import combine, numbers
-from lmc.tables import evaluation_text
+from lmc.measure.metrics import (
+    Clip,
+    fid,
+    kid,
+    one_minus_ssim,
+    power_spectrum,
+    rmse,
+    saturation,
+    spectrum_error,
+)
+from lmc.measure.results import combine, numbers
+from lmc.measure.tables import evaluation_text
+from lmc.shards.images import ImageBatch, ImageStream, from_uint8, to_uint8
 from lmc.translator import Translator
 
 import worlds

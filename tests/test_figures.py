@@ -2,7 +2,7 @@
 
 import torch
 
-from lmc.figures import curves_figure, statistics_figure
+from lmc.measure.figures import curves_figure, statistics_figure
 
 NAMES = ["source", *(f"loss {i}" for i in range(25))]
 

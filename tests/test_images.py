@@ -15,8 +15,7 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lmc.images import (
-    ROUND,
+from lmc.shards.images import (
     ImageBatch,
     ImageStream,
     decode_image,
@@ -26,6 +25,7 @@ from lmc.images import (
     to_uint8,
     write_shard,
 )
+from lmc.shards.stream import ROUND
 from lmc.training.data import ImageData
 
 import worlds

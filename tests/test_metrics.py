@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from transformers import CLIPModel, CLIPProcessor
 
-from lmc import metrics
-from lmc.images import from_uint8, to_uint8
-from lmc.metrics import (
+from lmc.measure import metrics
+from lmc.measure.metrics import (
     Clip,
     MissingWeights,
     clip_score,
@@ -43,6 +42,7 @@ from lmc.metrics import (
     spectrum_error,
     winners,
 )
+from lmc.shards.images import from_uint8, to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmc.images import ImageStream, heldout_names
+from lmc.shards.images import ImageStream, heldout_names
 
 DATA = Path(__file__).parents[1] / "data"
 sys.path.insert(0, str(DATA))

@@ -10,7 +10,8 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from lmc.priors import DiffusersPrior, Embedding, weights_digest
+from lmc.priors import DiffusersPrior, Embedding
+from lmc.priors.weights import weights_digest
 
 PROMPTS = ["a photo of a cat", "", "  A Photo of a DOG "]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

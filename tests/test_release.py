@@ -10,8 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_translator
-from lmc.corrector import Corrector, FilterCorrector, load_corrector
-from lmc.release import load_averaged, load_network, release, write_release
+from lmc.corrector import Corrector
+from lmc.filter import FilterCorrector
+from lmc.load import load_averaged, load_corrector, load_network
+from lmc.release import release, write_release
 from lmc.translator import Translator
 
 import worlds

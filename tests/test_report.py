@@ -19,9 +19,9 @@ from test_evaluate import build_clip_folder
 from torch.utils.tensorboard import SummaryWriter
 
 from lmc.cli import main
-from lmc.images import ImageStream, to_uint8, write_shard
-from lmc.report import _endings, _thinned, read_run
-from lmc.results import combine
+from lmc.measure.report import _endings, _thinned, read_run
+from lmc.measure.results import combine
+from lmc.shards.images import ImageStream, to_uint8, write_shard
 from lmc.translator import Translator
 
 import worlds

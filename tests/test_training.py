@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_bias
 import train_translator
 from lmc import losses
+from lmc.load import load_averaged
 from lmc.priors import DiffusersPrior
-from lmc.release import load_averaged, release
+from lmc.release import release
 from lmc.specs import LOSSES
 from lmc.training.base import NonFiniteGradient, StepDecay
 from lmc.training.callbacks import AtomicCheckpointIO

@@ -23,21 +23,19 @@ from torch.utils.data import DataLoader
 import train_bias
 import train_translator
 from lmc.cli import main
-from lmc.images import ImageStream, resize, write_shard
 from lmc.priors import DiffusersPrior, Embedding
 from lmc.schedule import Schedule, add_noise
-from lmc.training import bias
-from lmc.training.bias import CorrectorTraining
-from lmc.triplets import (
+from lmc.shards.images import ImageStream, resize, write_shard
+from lmc.shards.store import TripletSet, draw_for, write_triplets
+from lmc.shards.triplets import (
     TripletBatch,
-    TripletSet,
     TripletStream,
     check_origin,
-    draw_for,
     sample_triplets,
     triplet_origin,
-    write_triplets,
 )
+from lmc.training import bias
+from lmc.training.bias import CorrectorTraining
 
 import worlds
 

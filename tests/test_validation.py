@@ -18,12 +18,15 @@ import lmc.training.validation
 import train_bias
 import train_translator
 from lmc.cli import main
-from lmc.corrector import Corrector, FilterCorrector, corrector_loss, normalise
-from lmc.evaluate import Clip, CorrectorErrors, Prompts, Tools, evaluate, translated
-from lmc.images import ImageStream
-from lmc.metrics import MissingWeights, rmse
+from lmc.corrector import Corrector, corrector_loss, normalise
+from lmc.filter import FilterCorrector
+from lmc.load import load_averaged
+from lmc.measure.correctors import CorrectorErrors
+from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
+from lmc.measure.metrics import Clip, MissingWeights, rmse
 from lmc.priors import DiffusersPrior
-from lmc.release import load_averaged, write_release
+from lmc.release import write_release
+from lmc.shards.images import ImageStream
 from lmc.training import about
 from lmc.training.bias import CorrectorTraining, key_generator
 from lmc.training.cli import TrainingCLI

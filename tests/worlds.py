@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lmc.images import to_uint8, write_shard
+from lmc.shards.images import to_uint8, write_shard
 
 
 def png(image: torch.Tensor, mode: str = "RGB", suffix: str = "png") -> bytes:

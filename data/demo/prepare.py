@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lmc.images import heldout_names, to_uint8, write_shard
+from lmc.shards.images import heldout_names, to_uint8, write_shard
 
 from animals import CLASSES, caption, draw
 

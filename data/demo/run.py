@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from lmc.training.side_by_side import Trainings
+from lmc.compare.side_by_side import Trainings
 
 ROOT = Path(__file__).parents[2]
 OUT = Path("runs/demo")
@@ -79,10 +79,10 @@ def evaluate() -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     from lmc.corrector import Corrector
-    from lmc.evaluate import evaluate_corrector
-    from lmc.images import ImageStream
+    from lmc.measure.correctors import evaluate_corrector
+    from lmc.measure.results import numbers
     from lmc.priors import DiffusersPrior
-    from lmc.results import numbers
+    from lmc.shards.images import ImageStream
 
     prior = DiffusersPrior("data/demo/prior")
     prior.to("cpu")
@@ -104,8 +104,8 @@ def picture() -> None:
     """grid.png: the source row, then a block a loss and a row a target, of held-out cats."""
     import torch
 
-    from lmc.figures import labelled_grid
-    from lmc.images import ImageStream
+    from lmc.measure.figures import labelled_grid
+    from lmc.shards.images import ImageStream
     from lmc.translator import Translator
 
     source = next(iter(ImageStream(HELDOUT, 64, 10, training=False))).image

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lmc.cli import compare, evaluate, report
+from lmc.device import check_device
+from lmc.errors import OUT_OF_MEMORY
 
-OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
 # Commands with typed options and a configuration file, handed on before argparse reads them.
 IMAGE_COMMANDS = {
     "synthesize": "optimise an image from grey towards a prompt",
@@ -24,8 +25,8 @@ def translate(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from lmc.images import decode_image, middle_square, to_uint8
-    from lmc.release import load_translator
+    from lmc.load import load_translator
+    from lmc.shards.images import decode_image, middle_square, to_uint8
 
     translator = load_translator(args.translator).to(args.device)
     targets = args.to or translator.classes
@@ -52,8 +53,8 @@ def translate(args: argparse.Namespace) -> None:
 
 def release(args: argparse.Namespace) -> None:
     """Turn a run folder into a release."""
+    from lmc.measure.results import numbers
     from lmc.release import release as write
-    from lmc.results import numbers
 
     results = json.loads(args.results.read_text()) if args.results else None
     if results is not None and args.row:
@@ -69,8 +70,8 @@ def triplets(args: argparse.Namespace) -> None:
     """Sample the triplets of a stage-one configuration into shards."""
     from lmc.priors import Prior
     from lmc.schedule import TIME_RANGE
+    from lmc.shards.store import TripletSet, write_triplets
     from lmc.specs import build
-    from lmc.triplets import TripletSet, write_triplets
 
     config = _stage_one(args.config)
     model, data = config["model"], config["data"]
@@ -113,14 +114,14 @@ def closed_form(args: argparse.Namespace) -> None:
     import itertools
     import time
 
-    from lmc.corrector import estimate_filter
-    from lmc.evaluate import evaluate_corrector
-    from lmc.images import ImageStream
+    from lmc.filter import estimate_filter
+    from lmc.measure.correctors import evaluate_corrector
     from lmc.priors import Prior
     from lmc.release import check_out, write_release
     from lmc.schedule import TIME_RANGE
+    from lmc.shards.images import ImageStream
+    from lmc.shards.triplets import TripletStream, check_origin, triplet_origin, triplets_of
     from lmc.specs import build
-    from lmc.triplets import TripletStream, check_origin, triplet_origin, triplets_of
 
     config = _stage_one(args.config)
     model, data = config["model"], config["data"]
@@ -188,21 +189,6 @@ def _stage_one(file: Path) -> dict[str, Any]:
                     f"{file} has no {section}.{name}: not a configuration of train_bias.py"
                 ) from None
     return config
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that cannot be used, before anything is loaded.
-
-    Raises:
-        ValueError: it cannot; says why.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or no torch for it
-        why = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here: {why}") from error
 
 
 def at_least_one(text: str) -> int:
@@ -335,12 +321,12 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else list(args)
     try:
         if args and args[0] in IMAGE_COMMANDS:
-            from lmc.cli.image import main as image
+            from lmc.one_image.synthesis import main as image
 
             image(args[0], args[1:])
             return
         if args[:1] == ["dreamsampler"]:
-            from lmc.cli.dreamsampler import main as dreamsampler
+            from lmc.one_image.dreamsampling import main as dreamsampler
 
             dreamsampler(args[1:])
             return

@@ -9,7 +9,7 @@ from lmc.cli import report
 
 def compare(args: argparse.Namespace) -> None:
     """Train and measure; ends with an error where a training failed."""
-    from lmc.compare import compare
+    from lmc.compare.comparison import compare
     from lmc.specs import parse_specs
 
     out = args.out or Path("runs/compare") / args.config.stem

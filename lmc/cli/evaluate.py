@@ -18,12 +18,12 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     import torch
 
-    from lmc.evaluate import Folder, Tools, heldout_keys, real_features, translated
-    from lmc.evaluate import evaluate as measure
     from lmc.files import write_json
-    from lmc.release import load_translator
-    from lmc.results import combine, read_result
-    from lmc.tables import evaluation_text
+    from lmc.load import load_translator
+    from lmc.measure.evaluate import Folder, Tools, heldout_keys, real_features, translated
+    from lmc.measure.evaluate import evaluate as measure
+    from lmc.measure.results import combine, read_result
+    from lmc.measure.tables import evaluation_text
 
     began = time.monotonic()
     if not args.shards or not (args.translator or args.images):
@@ -48,7 +48,7 @@ def evaluate(args: argparse.Namespace) -> None:
     def read(rank: int, world_size: int) -> Iterable[Any]:
         from torch.utils.data import DataLoader
 
-        from lmc.images import ImageStream
+        from lmc.shards.images import ImageStream
 
         stream = ImageStream(
             args.shards, size, args.batch_size, training=False, rank=rank, world_size=world_size
@@ -98,9 +98,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _named_by_prompt(args: argparse.Namespace) -> None:
     """CLIP scores of images named by their prompts."""
-    from lmc.evaluate import score_named_by_prompt
     from lmc.files import write_json
-    from lmc.metrics import Clip
+    from lmc.measure.evaluate import score_named_by_prompt
+    from lmc.measure.metrics import Clip
 
     if args.translator or args.images or args.shards:
         raise ValueError("--named-by-prompt measures a folder by itself: no --shards, no others")
@@ -155,7 +155,7 @@ def _check_classes(translators: Mapping[str, Any], classes: Sequence[str]) -> No
 
 
 def _prompts(args: argparse.Namespace, classes: Sequence[str]) -> Any:
-    from lmc.evaluate import Prompts
+    from lmc.measure.evaluate import Prompts
 
     targets = {name: args.prompt.format(name) for name in classes}
     default = [*targets.values(), args.prompt.format(args.source)]
@@ -169,12 +169,12 @@ def _real(
     if not args.real:
         return None
     if not Path(args.real).is_dir():
-        from lmc.images import ImageStream
+        from lmc.shards.images import ImageStream
 
         return ImageStream(
             args.real, size, args.batch_size, training=False, rank=rank, world_size=world_size
         )
-    from lmc.evaluate import Folder
+    from lmc.measure.evaluate import Folder
 
     folder = Folder(Path(args.real))
     missing = [name for name in classes if name not in folder.files]

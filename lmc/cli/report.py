@@ -25,7 +25,7 @@ def write(
     """Write the page and say so; the arguments are the command's."""
     result, seeds = _result(results, against)
     # After it: these take seconds, and a misspelt file is named before.
-    from lmc.report import draw, is_run, read_run, write_report
+    from lmc.measure.report import draw, is_run, read_run, write_report
 
     rows = [name for name in result["rows"] if name != "source"]
     paths = {name: result["rows"][name].get("path") for name in rows}
@@ -50,13 +50,13 @@ def _result(names: Sequence[str], against: str | None) -> tuple[dict[str, Any], 
     for name in names:
         if not Path(name).exists():
             raise FileNotFoundError(f"no such file or folder: {name}")
-    from lmc.results import combine, read_result
+    from lmc.measure.results import combine, read_result
 
     results: dict[str, dict[str, Any]] = {}
     seeds: list[list[str]] = []
     for name in names:
         if Path(name).is_dir():
-            from lmc.compare import read_comparison
+            from lmc.compare.comparison import read_comparison
 
             results[name], seeds = read_comparison(Path(name))
         else:
@@ -74,7 +74,7 @@ def _heldout(result: dict[str, Any]) -> Any:
     """The held-out images of a result, in batches."""
     from torch.utils.data import DataLoader
 
-    from lmc.images import ImageStream
+    from lmc.shards.images import ImageStream
 
     about = result["heldout"]
     if "image_size" not in about:

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lmc.files import write_json
-from lmc.results import versions
+from lmc.measure.results import versions
 
 LIBRARIES = ("torch", "lightning", "diffusers", "transformers")
 PACKAGE = Path(__file__).parents[1]

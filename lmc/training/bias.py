@@ -7,27 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.corrector import (
-    BiasCorrector,
-    Corrector,
-    FilterCorrector,
-    Statistics,
-    corrector_loss,
-    load_corrector,
-)
-from lmc.evaluate import CorrectorErrors, power_spectrum
-from lmc.figures import drawn, labelled_grid, spectra_figure
-from lmc.images import ImageBatch, resize
+from lmc.corrector import BiasCorrector, Corrector, Statistics, corrector_loss
+from lmc.filter import FilterCorrector
+from lmc.load import load_corrector
+from lmc.measure.correctors import CorrectorErrors
+from lmc.measure.figures import drawn, labelled_grid, spectra_figure
+from lmc.measure.metrics import power_spectrum
 from lmc.priors import Prior
 from lmc.schedule import TIME_RANGE, check_time_range
-from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, show
-from lmc.triplets import (
+from lmc.shards.images import ImageBatch, resize
+from lmc.shards.triplets import (
     TripletBatch,
     Triplets,
     check_origin,
     draw_t_and_eps,
     sample_triplets,
 )
+from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, show
 from lmc.unet import Norm
 
 

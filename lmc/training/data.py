@@ -8,10 +8,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lmc.images import ImageBatch, ImageStream, ShardStream
-from lmc.results import check_keys
+from lmc.measure.results import check_keys
+from lmc.shards.images import ImageBatch, ImageStream
+from lmc.shards.stream import ShardStream
+from lmc.shards.triplets import TripletBatch, TripletStream, triplet_origin
 from lmc.training.processes import shield_worker
-from lmc.triplets import TripletBatch, TripletStream, triplet_origin
 
 
 class ImageData(LightningDataModule):
@@ -69,7 +70,7 @@ class ImageData(LightningDataModule):
                 ) from error
 
     def origins(self) -> list[dict[str, Any] | None]:
-        """Of the training and the held-out shards: see `lmc.triplets.triplet_origin`."""
+        """Of the training and the held-out shards: see `lmc.shards.triplets.triplet_origin`."""
         for shards in (self.train, self.heldout):
             if shards not in self._origins:
                 self._origins[shards] = triplet_origin(shards)

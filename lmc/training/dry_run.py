@@ -20,8 +20,8 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from lightning.pytorch.cli import instantiate_class
 from safetensors import safe_open
 
-from lmc.images import expand_shards
 from lmc.losses import denoiser_evaluations
+from lmc.shards.stream import expand_shards
 from lmc.training.base import TrainingModule
 from lmc.training.validation import Validation
 

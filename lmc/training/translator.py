@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.evaluate import Prompts
-from lmc.figures import labelled_grid
-from lmc.images import ImageBatch, resize
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
+from lmc.measure.evaluate import Prompts
+from lmc.measure.figures import labelled_grid
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
+from lmc.shards.images import ImageBatch, resize
 from lmc.training.base import StepDecay, TrainingModule, show
 from lmc.training.validation import Heldout, Validation, load_tools
 from lmc.translator import Translator

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmc.evaluate import Prompts, Tools, from_all_processes, measure_batch, translated
-from lmc.images import ImageBatch, from_uint8, to_uint8
-from lmc.metrics import Clip, MissingWeights, distances
-from lmc.results import Measured, merge, overall
+from lmc.measure.evaluate import Prompts, Tools, from_all_processes, measure_batch, translated
+from lmc.measure.metrics import Clip, MissingWeights, distances
+from lmc.measure.results import Measured, merge, overall
+from lmc.shards.images import ImageBatch, from_uint8, to_uint8
 from lmc.translator import Translator
 
 # Of all that `lmc evaluate` measures, what is logged where it can be had.

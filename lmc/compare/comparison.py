@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from lmc.compare.side_by_side import TrainingFailed, Trainings
 from lmc.corrector import BiasCorrector
-from lmc.evaluate import Clip, Prompts, Tools, evaluate, translated
-from lmc.figures import labelled_grid
 from lmc.files import whole, write_json, write_text
-from lmc.images import ImageStream
+from lmc.load import load_averaged
 from lmc.losses import ScoreDistillation
-from lmc.metrics import distances
+from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
+from lmc.measure.figures import labelled_grid
+from lmc.measure.metrics import Clip, distances
+from lmc.measure.results import VERSION, combine, numbers
+from lmc.measure.tables import markdown, seeds_table
 from lmc.priors import Prior
-from lmc.release import load_averaged
-from lmc.results import VERSION, combine, numbers
 from lmc.schedule import TimeSchedule
+from lmc.shards.images import ImageStream
 from lmc.specs import Spec, build
-from lmc.tables import markdown, seeds_table
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model, per_image
-from lmc.training.side_by_side import TrainingFailed, Trainings
 from lmc.training.translator import TranslatorTraining
 from lmc.translator import Translator
 
@@ -162,7 +162,7 @@ def read_comparison(out: Path) -> tuple[dict[str, Any], list[list[str]]]:
 
     Raises:
         FileNotFoundError: `out` holds no finished comparison.
-        ValueError: see `lmc.results.combine`.
+        ValueError: see `lmc.measure.results.combine`.
     """
     if not (out / "results.json").exists():
         raise FileNotFoundError(f"{out} holds no finished comparison: lmc compare --out {out}")

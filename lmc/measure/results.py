@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from lmc import __version__
-from lmc.metrics import Array, fid, interval, kid, kid_subset_size, resampling, spectrum_error
+from lmc.measure.metrics import (
+    Array,
+    fid,
+    interval,
+    kid,
+    kid_subset_size,
+    resampling,
+    spectrum_error,
+)
 
 FORMAT, VERSION = "lmc evaluation", 1
 DISTANCES = ("lpips", "rmse", "one_minus_ssim")

@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmc.cli import OUT_OF_MEMORY
-from lmc.cli.shared import (
+from lmc.corrector import BiasCorrector
+from lmc.errors import OUT_OF_MEMORY
+from lmc.files import write_json, write_text
+from lmc.losses import ScoreDistillation, denoiser_evaluations
+from lmc.measure.tables import edits_table, markdown
+from lmc.one_image.job import (
     RECORD,
     RESULTS,
     Job,
@@ -25,14 +29,10 @@ from lmc.cli.shared import (
     save_image,
     save_whole,
 )
-from lmc.corrector import BiasCorrector
-from lmc.files import write_json, write_text
-from lmc.images import middle_square
-from lmc.losses import ScoreDistillation, denoiser_evaluations
 from lmc.optimize import Comparison, Pixels, Synthesis, check_task, embed, optimize
 from lmc.priors import Prior
+from lmc.shards.images import middle_square
 from lmc.specs import Spec, parse_specs
-from lmc.tables import edits_table, markdown
 
 EDIT_KEYS = {"image", "source_prompt", "prompt"}
 
@@ -91,7 +91,7 @@ def edit_list(
         batch_size: edits at once.
         device: cpu, cuda, …
     """
-    from lmc.metrics import distances
+    from lmc.measure.metrics import distances
 
     edits = read_list(list)
     sources = torch.cat([middle_square(read_image(Path(e.image))[None], size) for e in edits])
@@ -343,7 +343,7 @@ class _Measure:
         sources: Tensor,
         distances: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
     ) -> None:
-        from lmc.evaluate import Clip
+        from lmc.measure.metrics import Clip
 
         self.clip, self.device, self.sources = Clip(clip, device), device, sources
         self.texts = self.clip.texts([each.prompt for each in edits])
@@ -352,7 +352,7 @@ class _Measure:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rows: Sequence[int]) -> list[dict[str, float]]:
-        from lmc.evaluate import clip_score
+        from lmc.measure.metrics import clip_score
 
         images, sources = images.to(self.device), self.sources[rows].to(self.device)
         columns = {"clip_score": clip_score(self.clip.images(images), self.texts[rows])}
@@ -388,7 +388,7 @@ def _table(
     results: Mapping[str, Any], source_scores: Sequence[float], statistics_scale: str
 ) -> str:
     """Every loss and scale in `results` of which all edits are done, as Markdown."""
-    from lmc.results import means
+    from lmc.measure.results import means
 
     def summary(**values: Sequence[float]) -> dict[str, Any]:
         return means({name: np.array(each)[:, None] for name, each in values.items()}, ["edits"])
@@ -425,8 +425,8 @@ def _all_statistics(
 
 
 def _spectrum_errors(statistics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """`lmc.metrics.spectrum_error` of each loss to the sources."""
-    from lmc.metrics import spectrum_error
+    """`lmc.measure.metrics.spectrum_error` of each loss to the sources."""
+    from lmc.measure.metrics import spectrum_error
 
     source, _ = statistics["source"]
     return {
@@ -440,7 +440,7 @@ def _write_figures(
     out: Path, results: Mapping[str, Any], statistics: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
     """fig5.png of every loss and scale in `results` that is complete, fig6.png of `statistics`."""
-    from lmc.figures import curves_figure, statistics_figure
+    from lmc.measure.figures import curves_figure, statistics_figure
 
     curves = {
         label: [(mean["clip_score"], mean["distance"], scale) for scale, mean in scales.items()]
@@ -464,7 +464,7 @@ def _statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     Args:
         batches: (B, 3, S, S) in [-1, 1] each; one at a time is held.
     """
-    from lmc.metrics import derivative_counts, power_spectrum
+    from lmc.measure.metrics import derivative_counts, power_spectrum
 
     spectra = counts = torch.zeros(())
     seen = 0

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from lmc.files import whole
-from lmc.images import decode_image, to_uint8
 from lmc.losses import ScoreDistillation
 from lmc.optimize import Synthesis
 from lmc.priors import Prior
+from lmc.shards.images import decode_image, to_uint8
 
 SECONDS = 5.0  # between two lines of progress
 RECORD, RESULTS = "settings.yaml", "results.json"

@@ -1,6 +1,6 @@
 """What was measured as one self-contained HTML page: tables, pictures, plots, the runs behind them.
 
-The page is lmc/report.html, a Jinja template with its style and its script; nothing in it is
+The page is report.html, a Jinja template with its style and its script; nothing in it is
 fetched from anywhere.
 """
 
@@ -23,13 +23,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lmc.evaluate import Folder, Outputs, Tools, observe, translated
 from lmc.files import write_text
-from lmc.images import ImageBatch, from_uint8, to_uint8
-from lmc.metrics import rmse
-from lmc.release import load_translator
-from lmc.results import DISTANCES, digest_of, pixel_digest
-from lmc.tables import MEASURES, candidates_text, class_table, measures_table
+from lmc.load import load_translator
+from lmc.measure.evaluate import Folder, Outputs, Tools, observe, translated
+from lmc.measure.metrics import rmse
+from lmc.measure.results import DISTANCES, digest_of, pixel_digest
+from lmc.measure.tables import MEASURES, candidates_text, class_table, measures_table
+from lmc.shards.images import ImageBatch, from_uint8, to_uint8
 
 # How far what is measured of an output may be from what it was: another device rounds otherwise.
 SAME = 5e-3
@@ -220,7 +220,7 @@ def write_report(
     differences = {name: each["summary"] for name, each in result["differences"].items()}
     against = next((each["against"] for each in result["differences"].values()), None)
     environment = Environment(
-        loader=PackageLoader("lmc", "."),
+        loader=PackageLoader("lmc.measure", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

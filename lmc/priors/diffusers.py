@@ -1,7 +1,4 @@
-"""The Prior protocol, and DiffusersPrior, which speaks it for models in diffusers format.
-
-The only file that imports diffusers. It knows no loss, and guidance stays outside.
-"""
+"""DiffusersPrior, which speaks the Prior protocol for models in diffusers format."""
 
 import contextlib
 import gc
@@ -10,105 +7,22 @@ import importlib.util
 import inspect
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lmc.priors.protocol import Embedding
+from lmc.priors.weights import weight_files, weights_digest
 from lmc.schedule import FlowSchedule, PredictionType, Schedule, to_eps_and_z_hat
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """What a prior needs to know of some prompts: named tensors, the first axis counting prompts.
-
-    The names are the prior's own business (for a U-Net, the keyword arguments of its forward).
-    """
-
-    tensors: Mapping[str, Tensor]
-
-    def __getitem__(self, index: Tensor) -> "Embedding":
-        """The rows `index` (int64 (B,)), for a batch that names its prompts by number."""
-        return Embedding({name: value[index] for name, value in self.tensors.items()})
-
-    def to(self, device: torch.device | str) -> "Embedding":
-        """The same on `device`."""
-        return Embedding({name: value.to(device) for name, value in self.tensors.items()})
-
-    def expand(self, count: int) -> "Embedding":
-        """A single prompt `count` times over."""
-        return Embedding({n: v.expand(count, *v.shape[1:]) for n, v in self.tensors.items()})
-
-    @staticmethod
-    def cat(parts: Sequence["Embedding"]) -> "Embedding":
-        """Several batches of prompts as one."""
-        return Embedding(
-            {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        )
-
-
-class Prior(Protocol):
-    """A frozen diffusion model, as every loss sees it.
-
-    Attributes:
-        image_size: side in pixels of the images it takes.
-        channels: of z.
-        latent: z is no picture but a latent, which has no bound.
-        schedule: alpha_t and sigma_t.
-        identity: plain values that tell one prior from another; `digest` is compared.
-    """
-
-    image_size: int
-    channels: int
-    latent: bool
-    schedule: Schedule | FlowSchedule
-    identity: Mapping[str, Any]
-
-    def to(self, device: torch.device | str) -> None:
-        """Load what is not loaded yet, move to `device`."""
-        ...
-
-    def encode(self, image: Tensor) -> Tensor:
-        """Images (B, 3, image_size, image_size) in [-1, 1] to z; differentiable."""
-        ...
-
-    def decode(self, z: Tensor) -> Tensor:
-        """z to images (B, 3, image_size, image_size), about [-1, 1]."""
-        ...
-
-    def embed(self, prompts: Sequence[str]) -> Embedding:
-        """Text to embeddings, one row a prompt; '' is the unconditional one."""
-        ...
-
-    def predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
-        """(eps, z_hat) for noisy z_t (B, C, H, W) at times t (B,): fp32 or wider, no gradient.
-
-        t is in (0, 1); SDI, which inverts from a clean image on, asks at 0 too.
-        """
-        ...
-
-
-@runtime_checkable
-class LoraPrior(Prior, Protocol):
-    """A prior whose denoiser can have a LoRA beside its frozen weights, as VSD needs."""
-
-    def add_lora(self, rank: int) -> dict[str, torch.nn.Parameter]:
-        """Add a LoRA that changes nothing yet; its weights by name. `predict` never uses it."""
-        ...
-
-    def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
-        """`predict` with the LoRA; differentiable in its weights."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -142,6 +56,7 @@ FAMILIES = {
     "DDPMPipeline": Family("unet", 0, latent=False),
     "DiTPipeline": Family("transformer", 0, latent=True),
 }
+
 VARIANTS = ("*fp16*", "*non_ema*")  # other forms of the same weights, beside them on the hub
 
 
@@ -719,41 +634,3 @@ class DiffusersPrior:
             return json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of one part: whole or in shards; .bin where no safetensors are.
-
-    Variants that lie beside them (…fp16…, …non_ema…) are not among them.
-    """
-    for suffix in ("safetensors", "bin"):
-        files = sorted(folder.glob(f"*.{suffix}"))
-        files = [
-            f for f in files if re.fullmatch(r"((diffusion_)?pytorch_)?model(-\d+-of-\d+)?", f.stem)
-        ]
-        if files:
-            return files
-    return []
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over all tensors of the weights in `folder`, as half precision.
-
-    As half precision and by tensor, so that the fp16 and fp32 files of one model, however they are
-    cut into shards, have one digest.
-    """
-    where: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        for file in weight_files(folder):
-            if file.suffix == ".safetensors":
-                opened = stack.enter_context(safe_open(file, "pt"))
-                where |= dict.fromkeys(opened.keys(), opened.get_tensor)
-            else:
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                where |= dict.fromkeys(tensors, tensors.__getitem__)
-        digest = hashlib.sha256()
-        for name in sorted(where):
-            value = where[name](name).to(torch.float16).contiguous()
-            digest.update(name.encode())
-            digest.update(value.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

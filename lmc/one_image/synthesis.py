@@ -1,4 +1,4 @@
-"""`lmc synthesize`, `edit` and `gradients`: one image under any loss. A list: `lmc.cli.edits`.
+"""`lmc synthesize`, `edit` and `gradients`: one image under any loss. A list: `edits`.
 
 Each command is a function whose arguments are the options; jsonargparse makes the command line and
 the configuration file of them.
@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmc.cli import check_device
-from lmc.cli.edits import edit_list
-from lmc.cli.shared import (
+from lmc.device import check_device
+from lmc.files import write_json, write_text
+from lmc.losses import LMC, ScoreDistillation
+from lmc.one_image.edits import edit_list
+from lmc.one_image.job import (
     RECORD,
     RESULTS,
     Job,
@@ -31,9 +33,6 @@ from lmc.cli.shared import (
     save_image,
     save_whole,
 )
-from lmc.files import write_json, write_text
-from lmc.images import middle_square
-from lmc.losses import LMC, ScoreDistillation
 from lmc.optimize import (
     Editing,
     Latents,
@@ -47,6 +46,7 @@ from lmc.optimize import (
 )
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule, add_noise
+from lmc.shards.images import middle_square
 from lmc.specs import instantiate
 
 THUMBNAIL = 192  # longest side in pixels of a snapshot on the contact sheet
@@ -211,7 +211,7 @@ def diversity(images: Tensor) -> dict[str, Any]:
     Returns:
         name of the distance, runs (B − 1), mean, and deviation (of the runs, not of the mean).
     """
-    from lmc.metrics import distances
+    from lmc.measure.metrics import distances
 
     name, measure = next(iter(distances(min(images.shape[-2:])).items()))
     values = measure(images[1:], images[:1].expand_as(images[1:]).contiguous())
@@ -226,7 +226,7 @@ def diversity(images: Tensor) -> dict[str, Any]:
 
 def _write_progression(out: Path, seeds: Sequence[int], snapshots: Mapping[int, Tensor]) -> None:
     """progression.png, a row a seed and a column a snapshot; progression.gif."""
-    from lmc.figures import grid, labelled_grid
+    from lmc.measure.figures import grid, labelled_grid
 
     columns = torch.stack(list(snapshots.values()), 1)
     steps = ", ".join(map(str, snapshots))
@@ -276,7 +276,7 @@ def gradients(
         seed: of the noise.
         device: cpu, cuda, …
     """
-    from lmc.figures import gradients_figure
+    from lmc.measure.figures import gradients_figure
 
     times = parse_numbers(t, "t", float)
     for time in times:

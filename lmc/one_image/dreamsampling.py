@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lmc.cli import check_device
-from lmc.cli.shared import RECORD, RESULTS, check_out, parse_seeds, save_image
+from lmc.device import check_device
 from lmc.dreamsampler import (
     AveragePooling,
     Canvas,
@@ -31,8 +30,9 @@ from lmc.dreamsampler import (
     data_weight,
 )
 from lmc.files import write_json, write_text
-from lmc.images import decode_image, middle_square
+from lmc.one_image.job import RECORD, RESULTS, check_out, parse_seeds, save_image
 from lmc.priors import Embedding, Prior
+from lmc.shards.images import decode_image, middle_square
 from lmc.specs import instantiate
 
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own

@@ -20,7 +20,7 @@ def seeds_table(
     """The translators' measurements as rows of cells, the first the headings; one row a loss.
 
     Args:
-        rows: `lmc.results.numbers` by name; or several of them, of one seed each: their
+        rows: `lmc.measure.results.numbers` by name; or several of them, of one seed each: their
             mean ± sample standard deviation is shown, and 'failed' where there are none.
         more: further columns, as `COLUMNS`; a row that lacks one has a dash there.
     """
@@ -64,7 +64,7 @@ MEASURES = {
 
 
 def evaluation_text(result: Mapping[str, Any]) -> str:
-    """A result of `lmc.evaluate.evaluate` as Markdown.
+    """A result of `lmc.measure.evaluate.evaluate` as Markdown.
 
     The table of all rows; R-Precision by class; what R-Precision ranks among; the differences to
     one row; what was left out and excluded, a line each.
@@ -131,7 +131,7 @@ def edits_table(
 
     Args:
         distance: its name, for the heading.
-        source: 'clip_score' of the untouched sources, as in `lmc.results.means`.
+        source: 'clip_score' of the untouched sources, as in `lmc.measure.results.means`.
         rows: by loss and ω: 'distance', 'clip_score' and, of some, 'spectrum_error', as there.
     """
     lines = [["loss", "ω", f"{distance} to source", "CLIP score", "spectrum error"]]

@@ -1,0 +1,59 @@
+"""A user's error ends in one line; a bug keeps its traceback."""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
+PACKAGE = str(Path(__file__).parent)
+# Libraries whose own errors of value are about what the user named: hub ids, options, YAML.
+READERS = ("huggingface_hub", "jsonargparse", "yaml")
+
+
+@contextmanager
+def one_line(program: str) -> Iterator[None]:
+    """Turn the error of a user into one line, and Ctrl-C into status 130.
+
+    Args:
+        program: its name, before the line.
+
+    Raises:
+        SystemExit: with the line, which Python prints, and status 1.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_users(error):
+            raise
+        sys.exit(f"{program}: {message(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an error is about what the user gave, as far as can be told.
+
+    It is where this package raised it, since that is how it refuses input, or where a file, the
+    network or a library that is not installed stood in the way. A ValueError out of the depths of
+    another library is a bug.
+    """
+    if isinstance(error, OSError | ImportError) or _is_out_of_memory(error):
+        return True
+    if not isinstance(error, ValueError | FloatingPointError):
+        return False
+    if type(error).__module__.partition(".")[0] in READERS:
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(PACKAGE)
+
+
+def message(error: Exception) -> str:
+    """An error as one line."""
+    text = OUT_OF_MEMORY if _is_out_of_memory(error) else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be imported for it

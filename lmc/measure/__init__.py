@@ -1,0 +1,1 @@
+"""What is measured of translators, correctors and images, and how it is shown. No Lightning."""

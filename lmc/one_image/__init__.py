@@ -1,0 +1,1 @@
+"""One image, or a few, as the parameters: commands that train nothing."""

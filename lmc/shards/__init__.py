@@ -1,0 +1,1 @@
+"""Shards of images and of triplets, to batches and back."""

@@ -1,0 +1,185 @@
+"""Shards of images to batches, and back. No noise, no Lightning.
+
+A shard is a webdataset tar: for each sample KEY an image file (KEY.png, .jpg, .jpeg or .webp) and
+KEY.json with at least {"label": the class}.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmc.shards.stream import BrokenSample, ShardStream, write_members
+
+SUFFIXES = ("png", "jpg", "jpeg", "webp")
+
+
+@dataclass  # not frozen: Lightning moves its tensors in place of it
+class ImageBatch:
+    """A batch of images.
+
+    Attributes:
+        image: float32 (B, 3, H, W) in [-1, 1].
+        key: the samples' keys.
+        label: their classes.
+        position: of the stream that made it, after this batch: (worker, round, samples read).
+        skipped: keys of broken samples passed over to make this batch, with what broke.
+    """
+
+    image: Tensor
+    key: list[str]
+    label: list[str]
+    position: tuple[int, int, int] = (0, 0, 0)
+    skipped: tuple[str, ...] = ()
+
+
+def decode_image(data: bytes, where: str = "image") -> Tensor:
+    """An encoded image as float32 (3, H, W) in [-1, 1], upright; any mode becomes RGB.
+
+    Raises:
+        ValueError: the data is no whole image; `where` is named.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8
+                grey = np.asarray(upright).astype(np.float32) / 65535 * 2 - 1
+                return torch.from_numpy(grey).expand(3, -1, -1).clone()
+            pixels = np.asarray(upright.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """[-1, 1] to uint8 [0, 255], clipped and rounded; any shape."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1]; any shape."""
+    return pixels.float() / 127.5 - 1
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) to (B, C, size, size), antialiased and differentiable."""
+    if image.shape[-2:] == (size, size):
+        return image
+    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+
+
+def middle_square(image: Tensor, size: int) -> Tensor:
+    """The centred square of (B, C, H, W), as wide as the shorter side, `resize`d to `size`."""
+    side = min(image.shape[-2:])
+    top, left = ((length - side) // 2 for length in image.shape[-2:])
+    return resize(image[..., top : top + side, left : left + side], size)
+
+
+class ImageStream(ShardStream):
+    """Batches of images, see `ShardStream`.
+
+    Args:
+        shards, batch_size, training, seed, shuffle, rank, world_size, limit: see `ShardStream`.
+        image_size: the side in pixels that every image must have.
+
+    Raises:
+        FileNotFoundError, ValueError: see `expand_shards`; or, while reading, an image of another
+            size (naming the shard and the key).
+    """
+
+    members = "KEY.png and KEY.json"
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        image_size: int,
+        batch_size: int,
+        training: bool,
+        seed: int = 0,
+        shuffle: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size, limit)
+        self.image_size = image_size
+
+    def _collate(
+        self,
+        decoded: list[tuple[Tensor, str, str]],
+        position: tuple[int, int, int],
+        skipped: tuple[str, ...],
+    ) -> ImageBatch:
+        images, keys, labels = zip(*decoded, strict=True) if decoded else ((), (), ())
+        stacked = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
+        return ImageBatch(stacked, list(keys), list(labels), position, skipped)
+
+    def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, str, str]:
+        key, url = sample["__key__"], sample["__url__"]
+        where = f"{key} in {url}"
+        try:
+            label = json.loads(sample["json"])["label"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BrokenSample(f"{where}: no KEY.json with a label ({error!r})") from error
+        data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
+        if data is None:
+            raise BrokenSample(f"{where}: no image ({', '.join(SUFFIXES)})")
+        try:
+            image = decode_image(data, where)
+        except ValueError as error:
+            raise BrokenSample(str(error)) from error
+        if image.shape[1:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"{where} is {image.shape[2]} x {image.shape[1]} pixels, image_size says "
+                f"{self.image_size}: prepare the shards at that size, or set image_size"
+            )
+        return image, key, label
+
+
+def heldout_names(names: Iterable[str], fraction: float = 0.05) -> set[str]:
+    """The held-out ones: the round(fraction · n) names with the smallest SHA-256.
+
+    Independent of order, so that every mirror and every run of a dataset holds out the same.
+    """
+    digests = {name: name_digest(name) for name in names}
+    held_out = heldout_digests(digests.values(), fraction)
+    return {name for name, digest in digests.items() if digest in held_out}
+
+
+def heldout_digests(digests: Iterable[str], fraction: float = 0.05) -> set[str]:
+    """The round(fraction · n) smallest of n hexadecimal digests."""
+    ranked = sorted(digests)
+    return set(ranked[: round(fraction * len(ranked))])
+
+
+def name_digest(name: str) -> str:
+    """SHA-256 of a file's name, in hexadecimal; a name that is no UTF-8 counts by its bytes."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, bytes, str, dict[str, Any]]]) -> int:
+    """Write one shard of images, atomically; the same samples always make the same bytes.
+
+    Args:
+        path: the tar to write.
+        samples: (key, encoded image, its suffix, the json's content) each.
+
+    Returns:
+        The number of samples.
+    """
+    return write_members(
+        path,
+        (
+            {"__key__": key, suffix: image, "json": json.dumps(about).encode()}
+            for key, image, suffix, about in samples
+        ),
+    )

@@ -1,0 +1,249 @@
+"""Triplets (z, ẑ_t, t): what the prior's one-step denoising makes of clean images [LMC, Sec. 4].
+
+They are sampled while training, or once and for all into shards (`write_triplets`), which
+`TripletStream` reads. A sample KEY of such a shard is one image with several times:
+
+    KEY.png        z of a pixel prior, 8 bits a channel; or
+    KEY.z.npy      z of a latent prior, float16 (C, H, W)
+    KEY.z_hat.npy  z_hat at each time, float16 (times, C, H, W)
+    KEY.json       the image's label, "t": the times, "origin": the prior's identity, time_range
+
+z is rounded to what is stored before the prior sees it: z_hat belongs to the stored z.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmc.priors import Embedding, Prior
+from lmc.schedule import TIME_RANGE, UniformTime, add_noise
+from lmc.shards.images import ImageBatch, decode_image, resize
+from lmc.shards.stream import BrokenSample, ShardStream
+
+RECORD = "triplets.json"  # beside the shards: what they were made with
+
+
+@dataclass  # not frozen: Lightning moves the tensors of a TripletBatch in place of it
+class Triplets:
+    """A batch of triplets.
+
+    Attributes:
+        z: clean images in the prior's space, float32 (B, C, H, W).
+        z_hat: the prior's unconditional one-step estimates of them, the same shape, unclipped.
+        t: times in (0, 1), float32 (B,).
+    """
+
+    z: Tensor
+    z_hat: Tensor
+    t: Tensor
+
+
+@dataclass
+class TripletBatch(Triplets):
+    """Triplets read from shards.
+
+    Attributes:
+        key: the keys of their images; a batch may hold an image at several times.
+        position, skipped: as of `lmc.shards.images.ImageBatch`.
+    """
+
+    key: list[str]
+    position: tuple[int, int, int] = (0, 0, 0)
+    skipped: tuple[str, ...] = ()
+
+
+def draw_t_and_eps(
+    z: Tensor, generator: torch.Generator, time_range: tuple[float, float] = TIME_RANGE
+) -> tuple[Tensor, Tensor]:
+    """t ~ U(time_range), (B,), and eps ~ N(0, I), as z; drawn on the generator's device."""
+    t = UniformTime(time_range).draw(len(z), 0.0, generator, z.dtype)
+    eps = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype)
+    return t.to(z.device), eps.to(z.device)
+
+
+@torch.no_grad()
+def sample_triplets(prior: Prior, z: Tensor, t: Tensor, eps: Tensor, null: Embedding) -> Triplets:
+    """One triplet an image: a single denoiser evaluation each, without a prompt.
+
+    Args:
+        prior: loaded.
+        z: clean images in its space, (B, C, H, W).
+        t: times in (0, 1), (B,).
+        eps: noise, as z.
+        null: the unconditional embedding, B rows.
+    """
+    z_t = add_noise(z, eps, *prior.schedule.coefficients(t, z.dtype))
+    _, z_hat = prior.predict(z_t, t, null)
+    return Triplets(z, z_hat, t)
+
+
+def triplets_of(
+    images: Iterable[ImageBatch],
+    prior: Prior,
+    seed: int,
+    time_range: tuple[float, float] = TIME_RANGE,
+    device: torch.device | str = "cpu",
+) -> Iterator[Triplets]:
+    """One triplet an image, batch by batch, as long as there are images.
+
+    Args:
+        images: of any size; they are resized to the prior's.
+        prior: loaded, on `device`.
+        seed: of t and eps.
+        time_range: t is uniform in it.
+        device: where to compute.
+    """
+    null = prior.embed([""]).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for batch in images:
+        if not len(batch.image):  # only broken samples were left for the last batch of a pass
+            continue
+        with torch.no_grad():
+            z = prior.encode(resize(batch.image.to(device), prior.image_size))
+        t, eps = draw_t_and_eps(z, generator, time_range)
+        yield sample_triplets(prior, z, t, eps, null.expand(len(z)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def triplet_origin(shards: str | Sequence[str]) -> dict[str, Any] | None:
+    """'prior' (its identity) and 'time_range' of triplet shards; None of shards of images.
+
+    Reads the first sample.
+
+    Raises:
+        FileNotFoundError, ValueError: see `expand_shards`.
+    """
+    stream = ShardStream(shards, 1, training=False)
+    first = next(iter(stream.samples(stream.urls[:1])), {})
+    if "z_hat.npy" not in first:
+        return None
+    return _about(first)["origin"]
+
+
+def check_origin(
+    origin: Mapping[str, Any], identity: Mapping[str, Any], time_range: tuple[float, float]
+) -> None:
+    """Refuse triplets of another prior or time range than a training is for.
+
+    Args:
+        origin: see `triplet_origin`.
+        identity: `Prior.identity` of the training's prior.
+        time_range: the training's.
+
+    Raises:
+        ValueError: names both.
+    """
+    if any(origin["prior"].get(key) != identity.get(key) for key in ("digest", "prediction_type")):
+        raise ValueError(
+            "the triplets were sampled from another prior.\n"
+            f"  sampled from: {origin['prior']}\n  training for: {dict(identity)}\n"
+            "Sample them from this one: lmc triplets --config …"
+        )
+    if tuple(origin["time_range"]) != tuple(time_range):
+        raise ValueError(
+            f"the triplets were sampled with time_range {list(origin['time_range'])}, "
+            f"the training has {list(time_range)}"
+        )
+
+
+class TripletStream(ShardStream):
+    """Batches of triplets from shards of `write_triplets`, see `lmc.shards.stream.ShardStream`.
+
+    A sample, for batch_size and shuffle, is one triplet: an image comes as often as it has times.
+
+    Args:
+        shards, batch_size, training, seed, shuffle, rank, world_size: see `ShardStream`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `expand_shards`; the shards' folder is not finished;
+            or, while reading, triplets of another origin than the first.
+    """
+
+    members = "KEY.png or KEY.z.npy, KEY.z_hat.npy and KEY.json"
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        batch_size: int,
+        training: bool,
+        seed: int = 0,
+        shuffle: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size)
+        self.origin = triplet_origin(self.urls[:1])
+        for folder in sorted({Path(url).parent for url in self.urls if Path(url).exists()}):
+            if (folder / RECORD).exists():
+                names = json.loads((folder / RECORD).read_text())["shards"]
+                missing = sum(not (folder / f"{name}.tar").exists() for name in names)
+                if missing:
+                    raise ValueError(
+                        f"{folder}: {missing} of {len(names)} shards of triplets are not there; "
+                        "the same lmc triplets again goes on with them"
+                    )
+
+    def samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Each raw sample once for every time, with its number as 'repetition'."""
+        for sample in super().samples(urls):
+            try:
+                times = len(_about(sample)["t"])
+            except BrokenSample:
+                times = 1  # once, for _decode to refuse it
+            for repetition in range(times):
+                yield {**sample, "repetition": repetition}
+
+    def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, Tensor, float, str]:
+        about, where = _about(sample), f"{sample['__key__']} in {sample['__url__']}"
+        if about["origin"] != self.origin:
+            raise ValueError(
+                f"{where} is of another origin than the first triplet: {about['origin']}, "
+                f"there {self.origin}"
+            )
+        repetition = sample["repetition"]
+        try:
+            z_hat = torch.from_numpy(np.load(io.BytesIO(sample["z_hat.npy"]))[repetition]).float()
+            if "png" in sample:
+                z = decode_image(sample["png"])
+            else:
+                z = torch.from_numpy(np.load(io.BytesIO(sample["z.npy"]))).float()
+        except (KeyError, IndexError, ValueError, EOFError, OSError) as error:
+            raise BrokenSample(f"{where}: {error!r}") from error
+        if z.shape != z_hat.shape:
+            raise BrokenSample(f"{where}: z is {tuple(z.shape)}, z_hat {tuple(z_hat.shape)}")
+        return z, z_hat, about["t"][repetition], sample["__key__"]
+
+    def _collate(
+        self,
+        decoded: list[tuple[Tensor, Tensor, float, str]],
+        position: tuple[int, int, int],
+        skipped: tuple[str, ...],
+    ) -> TripletBatch:
+        if not decoded:
+            none = torch.empty(0, 3, 1, 1)
+            return TripletBatch(none, none, torch.empty(0), [], position, skipped)
+        z, z_hat, t, key = zip(*decoded, strict=True)
+        times = torch.tensor(t, dtype=torch.float32)
+        return TripletBatch(torch.stack(z), torch.stack(z_hat), times, list(key), position, skipped)
+
+
+def _about(sample: dict[str, Any]) -> dict[str, Any]:
+    """KEY.json of a triplet sample."""
+    try:
+        about = json.loads(sample["json"])
+        if len(about["t"]) and {"prior", "time_range"} <= about["origin"].keys():
+            return about
+        raise ValueError("no times")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        where = f"{sample['__key__']} in {sample['__url__']}"
+        raise BrokenSample(f"{where}: no KEY.json with t and origin ({error!r})") from error
