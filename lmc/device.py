@@ -1,16 +1,27 @@
 """The device that computes."""
 
+import os
 
-def check_device(device: str) -> None:
-    """Refuse a device that cannot be used, before anything is loaded.
+
+def choose_device(device: str = "auto") -> str:
+    """The device to compute on, checked before anything is loaded.
+
+    Args:
+        device: cpu, cuda, cuda:1, …; 'auto' is the GPU where there is one. Under torchrun, which
+            sets LOCAL_RANK, the GPU of a process is its own.
 
     Raises:
-        ValueError: it cannot; says why.
+        ValueError: it cannot be used; says why.
     """
     import torch
 
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or no torch for it
         why = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used here: {why}") from error
+    return device

@@ -1,6 +1,5 @@
 """Losses as the command line names them: `lmc,sds,sds:guidance_scale=100`."""
 
-import argparse
 import csv
 import hashlib
 import importlib
@@ -10,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jsonargparse
-
 from lmc import losses
+from lmc.configs import build
 from lmc.losses import ScoreDistillation
 from lmc.schedule import TimeSchedule
 
@@ -86,27 +84,6 @@ class Spec:
             return build(ScoreDistillation, {"class_path": self.class_path, "init_args": options})
         except ValueError as error:
             raise ValueError(f"the loss {self.label!r}: {error}") from error
-
-
-def build(kind: Any, config: Any) -> Any:
-    """The object that `class_path` and `init_args` describe, a `kind`.
-
-    Raises:
-        ValueError: they describe none.
-    """
-    parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--it", type=kind, required=True)
-    try:
-        parsed = parser.parse_object({"it": config})
-    except argparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    return instantiate(parser, parsed).it
-
-
-def instantiate(parser: Any, parsed: Any) -> Any:
-    """What `parser` has parsed, its classes built."""
-    # Renamed in jsonargparse 4.49.
-    return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
 
 
 def parse_specs(text: str | Sequence[str] | None) -> list[Spec]:

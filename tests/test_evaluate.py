@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lmc.cli.evaluate import _named
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lmc.cli import main
-from lmc.cli.evaluate import _named
 from lmc.corrector import Corrector
 from lmc.files import write_json
 from lmc.measure.correctors import CorrectorErrors, evaluate_corrector

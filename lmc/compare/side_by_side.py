@@ -1,15 +1,17 @@
-"""Training processes side by side: a log each, one line of progress and time left for all."""
+"""Training processes side by side: a log each, one progress and time left for all."""
 
 import os
-import re
+import queue
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from lmc.progress import PROGRESS, Progress, read_record
+
+EVERY = 2.0  # seconds between looks at how far the trainings are
 TAIL = 15  # lines of a log that are shown of a training that failed
 AGAIN = "======== another session ========\n"  # between those in a log
 
@@ -40,8 +42,8 @@ class Trainings:
         steps: of every training there will be, by name.
         cost: of a step of each, relative to the others', for the estimate of the time left.
         threads: of each process, on the CPU.
-        say: where a line of progress goes.
-        every: seconds between lines.
+        gpus: those there are, as CUDA_VISIBLE_DEVICES names them; trainings side by side get parts
+            of them.
     """
 
     def __init__(
@@ -49,14 +51,11 @@ class Trainings:
         steps: Mapping[str, int],
         cost: Mapping[str, float],
         threads: int = 1,
-        say: Callable[[str], None] = lambda line: print(line, flush=True),
-        every: float = 10.0,
+        gpus: Sequence[str] = (),
     ) -> None:
-        self.steps, self.cost, self.threads = steps, cost, threads
-        self.say, self.every = say, every
-        self.start = time.monotonic()
-        self.first: dict[str, int] = {}  # the step each began at, and the one it is at
-        self.at: dict[str, int] = {}
+        self.steps, self.cost, self.threads, self.gpus = steps, cost, threads, gpus
+        self.slots: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
+        self.records: dict[str, Path] = {}
         self.running: dict[str, subprocess.Popen[str]] = {}
         self.ended: set[str] = set()
         self.stopping = False
@@ -75,15 +74,20 @@ class Trainings:
         if main:  # what ends by SIGTERM must not leave trainings behind
             before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            with ThreadPoolExecutor(side_by_side) as pool:
+            for part in gpu_parts(self.gpus, side_by_side):
+                self.slots.put(part)
+            with (
+                Progress("training", 1, "trainings") as progress,
+                ThreadPoolExecutor(side_by_side) as pool,
+            ):
                 futures = [pool.submit(job) for job in jobs]
                 try:
                     while not all(future.done() for future in futures):
-                        wait(futures, self.every, FIRST_EXCEPTION)
+                        wait(futures, EVERY, FIRST_EXCEPTION)
                         if any(future.done() and future.exception() for future in futures):
                             break
-                        if line := self.progress():
-                            self.say(line)
+                        share, note = self.progress()
+                        progress.update(len(self.ended), note, share, len(self.steps))
                 finally:
                     for future in futures:
                         future.cancel()
@@ -102,7 +106,16 @@ class Trainings:
             TrainingFailed: its exit status is not 0.
             Stopped: see there.
         """
-        environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        record = log.with_name(f".{log.stem}.progress.json")
+        record.unlink(missing_ok=True)  # of another session
+        environment = {
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONUNBUFFERED": "1",
+            PROGRESS: str(record.resolve()),
+        }
+        gpus = () if self.slots.empty() else self.slots.get()
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with open(log, "a") as file:
             with self.lock:
                 if self.stopping:
@@ -120,16 +133,12 @@ class Trainings:
                     # process is killed it ends too: its next line finds the pipe broken.
                     start_new_session=True,
                 )
-                self.running[name] = process
+                self.running[name], self.records[name] = process, record
             try:
                 assert process.stdout is not None
                 for line in process.stdout:
                     file.write(line)
                     file.flush()
-                    if match := re.search(r"steps? (\d+)(?:/| to )\d+", line):
-                        with self.lock:
-                            self.at[name] = int(match[1])
-                            self.first.setdefault(name, int(match[1]))
                 process.wait()
             finally:
                 process.terminate()  # where the log could not be written
@@ -137,6 +146,7 @@ class Trainings:
                 with self.lock:
                     self.ended.add(name)
                     del self.running[name]
+                self.slots.put(gpus)
         if self.stopping:
             raise Stopped(name)
         if process.returncode != 0:
@@ -149,20 +159,36 @@ class Trainings:
             for process in self.running.values():
                 process.terminate()
 
-    def progress(self) -> str:
-        """One line: where each running training is, and the time left for all; '' at the start."""
+    def progress(self) -> tuple[float, str]:
+        """The share of all the work that is done, in [0, 1], and where each running training is."""
         with self.lock:
-            at, first, ended = dict(self.at), dict(self.first), set(self.ended)
-            running = [name for name in self.running if name in at]
+            running, ended = list(self.running), set(self.ended)
+        records = {name: read_record(file) for name, file in self.records.items()}
+        at = {name: record for name, record in records.items() if record is not None}
         work = done = 0.0
         for name, total in self.steps.items():
-            begun = first.get(name, 0)
-            so_far = at.get(name, begun) - begun
-            done += self.cost[name] * so_far
-            work += self.cost[name] * (so_far if name in ended else total - begun)
-        if not done:
-            return ""
-        left = (time.monotonic() - self.start) * (work - done) / done
-        parts = [f"{name} {at[name]}/{self.steps[name]}" for name in running]
-        parts.append(f"{len(ended)} of {len(self.steps)} trainings ended")
-        return "  ".join([*parts, f"about {left / 60:.1f} min of training left"])
+            begun, now = (at[name]["first"], at[name]["done"]) if name in at else (0, 0)
+            done += self.cost[name] * (now - begun)
+            # Of what ended, all there was to do is done.
+            work += self.cost[name] * ((now if name in ended else total) - begun)
+        note = "  ".join(
+            f"{name} {at[name]['done']:g}/{self.steps[name]}" for name in running if name in at
+        )
+        return done / work if work else 1.0, note
+
+
+def gpu_parts(gpus: Sequence[str], count: int) -> list[Sequence[str]]:
+    """`count` parts of some GPUs, as equal as can be; of fewer GPUs, several parts are one."""
+    if not gpus:
+        return []
+    return [gpus[i::count] or [gpus[i % len(gpus)]] for i in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [each for each in named.split(",") if each]
+    return [str(i) for i in range(torch.cuda.device_count())]

@@ -5,19 +5,14 @@ A command is a dataclass, so that every knob is a typed key of the command line 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from lmc.device import check_device
 from lmc.dreamsampler import (
     AveragePooling,
     Canvas,
@@ -32,8 +27,8 @@ from lmc.dreamsampler import (
 from lmc.files import write_json, write_text
 from lmc.one_image.job import RECORD, RESULTS, check_out, parse_seeds, save_image
 from lmc.priors import Embedding, Prior
+from lmc.progress import tracker
 from lmc.shards.images import decode_image, middle_square
-from lmc.specs import instantiate
 
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
 
@@ -50,7 +45,7 @@ class Task(ABC):
         prompt: of the result; '' is none.
         sampler: the algorithm's knobs.
         seeds: a result each, with commas; all in one batch.
-        device: cpu, cuda, …
+        device: cpu, cuda, …; default the GPU where there is one.
     """
 
     prior: Prior
@@ -59,7 +54,7 @@ class Task(ABC):
     prompt: str
     sampler: DreamSampler
     seeds: list[int] | int | str = 0
-    device: str = "cpu"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         self.each_seed = parse_seeds(self.seeds)
@@ -87,7 +82,6 @@ class Task(ABC):
     def __call__(self, settings: str) -> None:
         """Do it and write the files; `settings` is the YAML written beside them."""
         out = Path(self.out)
-        check_device(self.device)
         check_prior(self.prior)
         self.check()
         check_out(out, settings)
@@ -143,9 +137,9 @@ class Edit(Task):
         photo = self.photo.to(self.device).repeat(count, 1, 1, 1)
         with torch.no_grad():
             z = self.prior.encode(photo)
-        eps = self.sampler.invert(self.prior, z, base, partial(tqdm, desc="inverting"))
+        eps = self.sampler.invert(self.prior, z, base, tracker("inverting"))
         canvas = Canvas(self.prior, z)
-        track = partial(tqdm, desc="sampling")
+        track = tracker("sampling")
         self.sampler(self.prior, canvas, base, target, self.generators(), eps, track=track)
         with torch.no_grad():
             return canvas(), {"source": photo[0]}
@@ -225,7 +219,7 @@ class InverseProblem(Task):
             target,
             self.generators(),
             penalty=penalty,
-            track=partial(tqdm, desc="sampling"),
+            track=tracker("sampling"),
         )
         others = {"measurement": self.y[0]}
         if self.original is not None:
@@ -312,50 +306,11 @@ class Deblur(InverseProblem):
         return GaussianBlur(self.sigma)
 
 
-TASKS: dict[str, type[Task]] = {
-    "edit": Edit,
-    "inpaint": Inpaint,
-    "super_resolve": SuperResolve,
-    "deblur": Deblur,
-}
-
-
 def psnr(image: Tensor, original: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, of `image` clipped to [-1, 1]."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     return round(peak_signal_noise_ratio(image.clamp(-1, 1), original, data_range=2.0).item(), 2)
-
-
-def parser() -> jsonargparse.ArgumentParser:
-    """The command line of `lmc dreamsampler`."""
-    main = jsonargparse.ArgumentParser(prog="lmc dreamsampler", description=__doc__)
-    commands = main.add_subcommands(metavar="TASK")
-    for name, task in TASKS.items():
-        commands.add_subcommand(name, task_parser(task))
-    return main
-
-
-def task_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
-    """The keys of one task."""
-    one = jsonargparse.ArgumentParser(description=(task.__doc__ or "").splitlines()[0])
-    one.add_argument("--config", action="config", help="YAML of these keys")
-    one.add_class_arguments(task)
-    return one
-
-
-def main(args: Sequence[str]) -> None:
-    """Run a task.
-
-    Raises:
-        OSError, ValueError: bad input, in one line.
-    """
-    given = parser().parse_args(list(args))
-    task, config = TASKS[given.subcommand], given[given.subcommand]
-    config.pop("config")
-    keys: Any = task_parser(task)
-    built = instantiate(keys, config)
-    task(**{k: v for k, v in built.items() if k != "config"})(keys.dump(config))
 
 
 def _decode(file: str) -> Tensor:

@@ -1,9 +1,7 @@
 """What `lmc synthesize`, `edit` and `dreamsampler` share: pictures, progress, numbers, folders."""
 
-import time as clock
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from lmc.optimize import Synthesis
 from lmc.priors import Prior
 from lmc.shards.images import decode_image, to_uint8
 
-SECONDS = 5.0  # between two lines of progress
 RECORD, RESULTS = "settings.yaml", "results.json"
 
 
@@ -42,41 +39,6 @@ class Job:
     def arguments(self) -> dict[str, Any]:
         """All of it, by the names of those functions' arguments."""
         return dict(vars(self))
-
-
-class Progress:
-    """A line every few seconds: steps, steps a second, time left.
-
-    Args:
-        total: steps to be done.
-        work: how much that is, in any unit, for the time left; None: one step is like another.
-    """
-
-    def __init__(self, total: int, work: float | None = None) -> None:
-        self.total, self.done = total, 0
-        self.work, self.worked = float(total if work is None else work), 0.0
-        self.began = self.last = clock.monotonic()
-
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return clock.monotonic() - self.began
-
-    def steps_done(self, done: int, worked: float | None = None) -> None:
-        """Say how far it is, if there was no line for a while.
-
-        Args:
-            done: steps so far, in all.
-            worked: how much of the work they were; None: one step is like another.
-        """
-        self.done, self.worked = done, float(done if worked is None else worked)
-        now = clock.monotonic()
-        if now - self.last < SECONDS and done < self.total:
-            return
-        self.last = now
-        seconds = max(self.seconds(), 1e-9)
-        speed = done / seconds
-        left = timedelta(seconds=round((self.work - self.worked) / self.worked * seconds))
-        print(f"step {done}/{self.total}  {speed:.1f} steps/s  {left} left", flush=True)
 
 
 def read_image(file: Path) -> Tensor:

@@ -4,11 +4,10 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lmc.configs import build, read_stage_one
 from lmc.files import write_json
 from lmc.priors import Embedding, Prior
+from lmc.progress import Progress
 from lmc.schedule import TIME_RANGE, check_time_range
 from lmc.shards.images import ImageBatch, ImageStream, from_uint8, resize, to_uint8
 from lmc.shards.stream import check_shard, expand_shards, write_members
 from lmc.shards.triplets import RECORD, draw_t_and_eps, sample_triplets, triplet_origin
-
-SECONDS = 10.0  # between lines of progress
-
 
 # ---------------------------------------------------------------------------------------------
 # Writing
@@ -66,7 +64,6 @@ def write_triplets(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write the triplet shards of `what` that are not there yet; several processes share them.
 
@@ -78,7 +75,6 @@ def write_triplets(
         batch_size: images at a time; the prior sees each at all its times at once.
         device: of the prior.
         rank, world_size: of this process: it writes every world_size-th shard.
-        say: takes lines of progress.
 
     Returns:
         Of the shards that are done, over all processes: shards, shards_done, images, triplets,
@@ -103,20 +99,25 @@ def write_triplets(
         null = prior.embed([""]).to(device)
     mine = list(shards)[rank::world_size]
     todo = [name for name in mine if not _done(out, name)]
-    say(f"{len(mine)} shards to make here, {len(mine) - len(todo)} of them done before")
+    who = f"[{rank}] " if world_size > 1 else ""
+    print(f"{who}{len(mine)} shards to make here, {len(mine) - len(todo)} of them done before")
     if todo:
         prior.to(device)
-    progress = _Progress(len(todo), say)
-    for name in todo:
-        stream = ImageStream(shards[name], what.image_size, batch_size, training=False)
-        skipped: list[str] = []
-        samples = _triplet_samples(prior, null, stream, what, device, skipped, progress)
-        images = write_members(out / f"{name}.tar", samples)
-        if not images:
-            (out / f"{name}.tar").unlink()
-            raise ValueError(f"{shards[name]} has no sample that can be read, last: {skipped[-1:]}")
-        write_json(out / f"{name}.json", {"images": images, "skipped": skipped})
-        progress.shard_done()
+    with Progress(f"{who}sampling triplets", None, "images") as progress:
+        for number, name in enumerate(todo, 1):
+            stream = ImageStream(shards[name], what.image_size, batch_size, training=False)
+            skipped: list[str] = []
+            samples = _triplet_samples(prior, null, stream, what, device, skipped, progress)
+            images = write_members(out / f"{name}.tar", samples)
+            if not images:
+                (out / f"{name}.tar").unlink()
+                raise ValueError(
+                    f"{shards[name]} has no sample that can be read, last: {skipped[-1:]}"
+                )
+            write_json(out / f"{name}.json", {"images": images, "skipped": skipped})
+            # As if the other shards were as large as the finished ones.
+            expected = round(progress.done / number * len(todo))
+            progress.update(progress.done, f"{number} of {len(todo)} shards", total=expected)
     return summary(out)
 
 
@@ -159,7 +160,7 @@ def _triplet_samples(
     what: TripletSet,
     device: torch.device | str,
     skipped: list[str],
-    progress: "_Progress",
+    progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """The samples of one triplet shard, from the images of another; fills `skipped`."""
     times = what.times_per_image
@@ -191,7 +192,7 @@ def _triplet_samples(
                 "z_hat.npy": _npy(z_hat[i]),
                 "json": json.dumps(about).encode(),
             }
-        progress.images_done(len(z))
+        progress.advance(len(z))
 
 
 def _to_stored(
@@ -264,40 +265,54 @@ def _done(out: Path, name: str) -> bool:
     return True
 
 
-class _Progress:
-    """A line every few seconds: images, images a second, time left.
+def triplets(
+    training: list[Path],
+    *,
+    out: Path,
+    times_per_image: int = 4,
+    batch_size: int = 16,
+    rank: int | None = None,
+    world_size: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Sample the triplets of a stage-one configuration into shards, once for many trainings.
+
+    What is done in OUT is kept. Several processes share the shards (docs/triplets.md).
 
     Args:
-        shards: to make.
-        say: takes the lines.
+        training: configuration of train_bias.py, or several, each over the one before: its prior,
+            its train and held-out shards of images, image_size, time_range and seed_everything are
+            taken.
+        out: folder to write.
+        times_per_image: triplets an image.
+        batch_size: images at a time; the prior sees times_per_image as many.
+        rank, world_size: of this process; default $RANK and $WORLD_SIZE, which torchrun sets, else
+            it is the only one.
+        device: cpu, cuda (under torchrun each its own), …; default the GPU where there is one.
+
+    Raises:
+        OSError, ValueError: see `write_triplets`, or no configuration of stage one.
     """
-
-    def __init__(self, shards: int, say: Callable[[str], None]) -> None:
-        self.shards, self.say = shards, say
-        self.finished = self.images = self.images_in_finished = 0
-        self.began = self.last = time.monotonic()
-
-    def images_done(self, count: int) -> None:
-        self.images += count
-        now = time.monotonic()
-        if now - self.last > SECONDS:
-            self.last = now
-            self.line()
-
-    def shard_done(self) -> None:
-        self.finished, self.images_in_finished = self.finished + 1, self.images
-        if self.finished == self.shards:
-            self.line()
-
-    def line(self) -> None:
-        speed = self.images / max(time.monotonic() - self.began, 1e-9)
-        left = "time left is known after the first shard"
-        if self.finished:
-            # As if the other shards were as large as the finished ones.
-            total = self.images_in_finished / self.finished * self.shards
-            seconds = max(0.0, total - self.images) / max(speed, 1e-9)
-            left = f"{timedelta(seconds=round(seconds))} left"
-        self.say(
-            f"shard {min(self.finished + 1, self.shards)}/{self.shards}  {self.images} images  "
-            f"{speed:.1f} images/s  {left}"
-        )
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+    config = read_stage_one(training)
+    prior = build(Prior, config.prior)
+    what = TripletSet(
+        (config.train, config.heldout),
+        config.image_size or prior.image_size,
+        times_per_image,
+        config.time_range,
+        config.seed,
+    )
+    done = write_triplets(prior, what, out, batch_size, device, rank, world_size)
+    who = f"[{rank}] " if world_size > 1 else ""
+    print(
+        f"{who}{done['shards_done']} of {done['shards']} shards done in {out}: "
+        f"{done['images']} images, {done['triplets']} triplets, {done['bytes'] / 1e9:.3f} GB "
+        f"({done['bytes'] / max(1, done['triplets']) * 1e-3:.1f} GB a million triplets), "
+        f"{len(done['skipped'])} broken samples skipped"
+    )
+    for sample in done["skipped"][:10]:
+        print(f"  skipped: {sample}")
+    if len(done["skipped"]) > 10:
+        print(f"  … all of them in {out}/*.json")

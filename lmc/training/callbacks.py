@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,21 +12,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lmc.progress import Progress
 from lmc.training.about import About
 from lmc.training.base import TrainingModule
 
 SHOWN = ("train/loss", "train/l2", "heldout/loss", "heldout/spectrum_error", "heldout/r_precision")
 
 
-class Progress(Callback):
-    """A line every few seconds: steps, losses, images a second, time left.
-
-    Args:
-        seconds: between lines.
-    """
-
-    def __init__(self, seconds: float = 10.0) -> None:
-        self.seconds = seconds
+class ShowProgress(Callback):
+    """Steps, losses, images a second, time left; by one process."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how much is to be done, and with which effective batch."""
@@ -35,40 +28,47 @@ class Progress(Callback):
         each = data.batch_size if data else 0
         self.batch = each * trainer.world_size * trainer.accumulate_grad_batches
         parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        if trainer.is_global_zero:
-            print(
-                f"{parameters:,} parameters; effective batch {self.batch} = {trainer.world_size} "
-                f"processes x {each} images x {trainer.accumulate_grad_batches} accumulated; "
-                f"steps {trainer.global_step} to {trainer.max_steps}",
-                flush=True,
-            )
-            assert isinstance(pl_module, TrainingModule)
-            if note := batch_note(self.batch, pl_module.paper_batch, pl_module.adam.lr):
-                print(note, flush=True)
-        self.began = self.last = time.monotonic()
-        self.first = trainer.global_step
+        self.progress = Progress(
+            "step",
+            trainer.max_steps,
+            done=trainer.global_step,
+            quiet=not trainer.is_global_zero,
+            recorded=trainer.is_global_zero,
+        )
+        self.progress.say(
+            f"{parameters:,} parameters; effective batch {self.batch} = {trainer.world_size} "
+            f"processes x {each} images x {trainer.accumulate_grad_batches} accumulated; "
+            f"steps {trainer.global_step} to {trainer.max_steps}"
+        )
+        assert isinstance(pl_module, TrainingModule)
+        if note := batch_note(self.batch, pl_module.paper_batch, pl_module.adam.lr):
+            self.progress.say(note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print, where it is time to."""
-        now, step = time.monotonic(), trainer.global_step
-        final = step == trainer.max_steps
-        if not trainer.is_global_zero or (now - self.last < self.seconds and not final):
-            return
-        speed = (step - self.first) / max(now - self.began, 1e-9)
-        left = (trainer.max_steps - step) / speed if speed else 0.0
-        losses = "  ".join(
-            f"{name.removeprefix('train/')} {value:.4f}"
-            for name, value in trainer.callback_metrics.items()
-            if name in SHOWN
-        )
-        print(
-            f"step {step}/{trainer.max_steps}  {losses}  {speed * self.batch:.1f} images/s  "
-            f"{duration(left)} left",
-            flush=True,
-        )
-        self.last = now
+        """Say it, where it is time to."""
+
+
+        def note() -> str:
+            shown = [(n, x) for n, x in trainer.callback_metrics.items() if n in SHOWN]
+            losses = [f"{name.removeprefix('train/')} {value:.4f}" for name, value in shown]
+            done = trainer.global_step - self.progress.first
+            speed = done * self.batch / max(self.progress.seconds(), 1e-9)
+            return "  ".join([*losses, f"{speed:.1f} images/s"])
+
+        self.progress.update(trainer.global_step, note)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it is."""
+        self.progress.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """As at the end; there may have been no beginning."""
+        if hasattr(self, "progress"):
+            self.progress.close()
 
 
 class ValidateAtEnd(Callback):
@@ -217,11 +217,3 @@ def batch_note(batch: int, paper: int, lr: float) -> str:
         f"the paper's effective batch is {paper}, not {batch}; the learning rate stays the "
         f"configured {lr:g}, nothing rescales it"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as '2 h 05 min', '12:34 min' or '45 s'."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60}:{whole % 60:02d} min" if whole >= 60 else f"{whole} s"

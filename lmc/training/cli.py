@@ -21,9 +21,9 @@ from lmc.training.base import TrainingModule
 from lmc.training.callbacks import (
     AtomicCheckpointIO,
     CheckFinite,
-    Progress,
     SaveBest,
     SaveLast,
+    ShowProgress,
     ValidateAtEnd,
 )
 from lmc.training.data import ImageData
@@ -126,7 +126,7 @@ class TrainingCLI(LightningCLI):
         callbacks.callbacks += [
             processes.EndTogether(),
             CheckFinite(),
-            Progress(),
+            ShowProgress(),
             ValidateAtEnd(),
             last,
             SaveBest(self.checkpoint.with_name("best.ckpt")),
