@@ -56,7 +56,7 @@ def _result(names: Sequence[str], against: str | None) -> tuple[dict[str, Any], 
     seeds: list[list[str]] = []
     for name in names:
         if Path(name).is_dir():
-            from lmc.compare.comparison import read_comparison
+            from lmc.measure.comparison import read_comparison
 
             results[name], seeds = read_comparison(Path(name))
         else:
