@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from test_evaluate import build_clip_folder
 from torch.utils.tensorboard import SummaryWriter
 
 from lmc.cli import main
+from lmc.files import write_json
+from lmc.measure.comparison import read_comparison
 from lmc.measure.report import _endings, _thinned, read_run
-from lmc.measure.results import combine
+from lmc.measure.results import combine, numbers
 from lmc.shards.images import ImageStream, to_uint8, write_shard
 from lmc.translator import Translator
 
@@ -249,6 +253,86 @@ def test_results_are_put_together(world, tmp_path):
     both = combine({x: json.loads(Path(x).read_text()) for x in files}, "two")
     cell = both["differences"]["one"]["summary"]["rmse"]
     assert f"{cell['value']:+.3f} <small>[{cell['low']:+.3f}, {cell['high']:+.3f}]</small>" in text
+
+
+# ---------------------------------------------------------------------------------------------
+# Of a comparison
+
+
+@pytest.fixture(scope="module")
+def comparison(world: Path) -> Path:
+    """A comparison's folder as `lmc compare` leaves it: two seeds of one loss, one of another.
+
+    The third seed failed; a loss failed altogether.
+    """
+    folder = world / "comparison"
+    result = json.loads((world / "results.json").read_text())
+    rows = result["rows"]
+    here = {"source": ("source", "source")}
+    here |= {f"sds/seed{i}": (f"sds seed {i}", name) for i, name in enumerate(NAMES)}
+    here["sdi/seed0"] = ("sdi seed 0", NASTY)
+    for where, (label, name) in here.items():
+        (folder / where).mkdir(parents=True)
+        row = {key: value for key, value in rows[name].items() if key != "path"}
+        measured = {**result, "rows": {label: row}, "differences": {}}
+        write_json(folder / where / "evaluation.json", {"of": {}, "measured": measured})
+    sds: dict[str, Any] = {str(i): numbers(rows[name]) for i, name in enumerate(NAMES)}
+    losses = {
+        "sds": {**sds, "2": {"failed": "why", "log": "log.txt"}},
+        "sdi": {"0": {**numbers(rows[NASTY]), "seconds": 12.0, "evaluations_per_image": 2}},
+        "dds": {"0": {"failed": "why", "log": "log.txt"}},
+    }
+    write_json(folder / "results.json", {"source": numbers(rows["source"]), "losses": losses})
+    data = {"heldout": f"{world}/shards/heldout-*.tar", "image_size": 16}
+    write_json(folder / "comparison.json", {"config": {"data": data}})
+    return folder
+
+
+def test_a_comparison_is_one_result_and_a_table_over_seeds(comparison, world):
+    """Of each loss the first seed that was measured; the first loss is compared with."""
+    measured = json.loads((world / "results.json").read_text())
+    result, seeds = read_comparison(comparison)
+    assert list(result["rows"]) == ["source", "sds", "sdi"]
+    for label, name in (("sds", "one"), ("sdi", NASTY)):
+        assert result["rows"][label]["summary"] == measured["rows"][name]["summary"]
+        assert result["rows"][label]["path"] == str(comparison / label / "seed0")
+    assert {x["against"] for x in result["differences"].values()} == {"sds"}
+    assert result["left_out"][-2:] == ["sds seed 2 failed", "dds seed 0 failed"]
+    assert result["heldout"]["image_size"] == 16
+    by_name = {line[0]: dict(zip(seeds[0][1:], line[1:], strict=False)) for line in seeds[1:]}
+    assert list(by_name) == ["source", "sds (2 of 3 seeds)", "sdi", "dds"]
+    values = [measured["rows"][name]["summary"]["rmse"]["value"] for name in NAMES]
+    shown = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    assert by_name["sds (2 of 3 seeds)"]["rmse to source"] == shown
+    assert by_name["sdi"]["seconds of training"] == "12"
+    assert by_name["dds"]["rmse to source"] == "failed"
+    (comparison / "comparison.json").rename(comparison / "elsewhere.json")
+    with pytest.raises(FileNotFoundError, match="no finished comparison"):
+        read_comparison(comparison)
+    (comparison / "elsewhere.json").rename(comparison / "comparison.json")
+
+
+def test_a_report_needs_no_lightning(comparison, tmp_path):
+    """Not of a comparison either, nor to import all of lmc.measure."""
+    source = f"""
+import importlib, pkgutil, sys
+import lmc.measure
+for module in pkgutil.iter_modules(lmc.measure.__path__, "lmc.measure."):
+    importlib.import_module(module.name)
+from lmc.cli import main
+main(["report", {str(comparison)!r}, "--pictures", "0", "--out", {str(tmp_path / "r.html")!r}])
+names = ("lightning", "pytorch_lightning", "lightning_fabric", "diffusers", "lmc.training")
+print([name for name in names if name in sys.modules])
+"""
+    paths = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
+    assert "sds (2 of 3 seeds)" in (tmp_path / "r.html").read_text()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ from lmc.corrector import BiasCorrector
 from lmc.files import whole, write_json, write_text
 from lmc.load import load_averaged
 from lmc.losses import ScoreDistillation
+from lmc.measure.comparison import rows_over_seeds
 from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
 from lmc.measure.figures import labelled_grid
 from lmc.measure.metrics import Clip, distances
-from lmc.measure.results import VERSION, combine, numbers
-from lmc.measure.tables import markdown, seeds_table
+from lmc.measure.results import VERSION, numbers
+from lmc.measure.tables import markdown
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageStream
@@ -35,10 +36,6 @@ from lmc.training.translator import TranslatorTraining
 from lmc.translator import Translator
 
 BATCH, PICTURES = 50, 10  # held-out images at a time, and in the picture
-COLUMNS = {
-    "evaluations_per_image": ("evaluations per image and step", ".0f"),
-    "seconds": ("seconds of training", ".0f"),
-}
 # Of a configuration's model: what every loss of a comparison has of its own.
 OF_EACH = ("loss", "time")
 Say = Callable[[str], None]
@@ -143,7 +140,7 @@ def compare(
             row = failed[run.name] = _not_measured(run, error, say)
         by_loss[run.spec.label][str(run.seed)] = row
     lines = [f"{name} failed, see {row['log']}" for name, row in failed.items()]
-    text = "\n\n".join([_table(source, by_loss), *lines])
+    text = "\n\n".join([markdown(rows_over_seeds(source, by_loss)), *lines])
     write_json(out / "results.json", {"source": source, "losses": by_loss})
     write_text(out / "table.md", text + "\n")
     # Of each loss the first seed that did not fail.
@@ -151,41 +148,6 @@ def compare(
     say(text)
     lines += _picture(dict(reversed(shown.items())), common, out, say)
     return lines
-
-
-def read_comparison(out: Path) -> tuple[dict[str, Any], list[list[str]]]:
-    """A comparison for its report.
-
-    Returns:
-        One result (docs/evaluation.md) with a row a loss, of its first seed that was measured; and
-        the table over seeds as rows of cells, empty where no loss has two.
-
-    Raises:
-        FileNotFoundError: `out` holds no finished comparison.
-        ValueError: see `lmc.measure.results.combine`.
-    """
-    if not (out / "results.json").exists():
-        raise FileNotFoundError(f"{out} holds no finished comparison: lmc compare --out {out}")
-    compared = json.loads((out / "results.json").read_text())
-    config = json.loads((out / "comparison.json").read_text())["config"]
-    found = {"source": json.loads((out / "source/evaluation.json").read_text())["measured"]}
-    failed = []
-    for label, seeds in compared["losses"].items():
-        failed += [f"{label} seed {seed} failed" for seed, row in seeds.items() if "failed" in row]
-        seed = next((seed for seed, row in seeds.items() if "failed" not in row), None)
-        if seed is None:
-            continue
-        folder = out / Spec(label, "").folder() / f"seed{seed}"
-        measured = json.loads((folder / "evaluation.json").read_text())["measured"]
-        row = measured["rows"][f"{label} seed {seed}"]
-        found[label] = {**measured, "rows": {label: {**row, "path": str(folder)}}}
-    result = combine(found, next((name for name in found if name != "source"), None))
-    data = config["data"]
-    where = {"shards": data["heldout"], "image_size": data["image_size"]}
-    result["heldout"] = {**where, **result["heldout"]}
-    result["left_out"] = [*result["left_out"], *failed]
-    several = any(len(seeds) > 1 for seeds in compared["losses"].values())
-    return result, _rows_over_seeds(compared["source"], compared["losses"]) if several else []
 
 
 def _run(out: Path, spec: Spec, seed: int, config: Mapping[str, Any]) -> Run:
@@ -213,23 +175,6 @@ def _recorded(
                 here.setdefault(int(seed), _run(out, spec, int(seed), config))
         runs += [here[seed] for seed in sorted(here)]
     return runs
-
-
-def _table(source: Mapping[str, Any], by_loss: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows of results.json as Markdown, the seeds of a loss as one."""
-    return markdown(_rows_over_seeds(source, by_loss))
-
-
-def _rows_over_seeds(
-    source: Mapping[str, Any], by_loss: Mapping[str, Mapping[str, Any]]
-) -> list[list[str]]:
-    """The rows of results.json as cells, the seeds of a loss as one."""
-    rows: dict[str, Any] = {"source": source}
-    for label, seeds in by_loss.items():
-        good = [row for row in seeds.values() if "failed" not in row]
-        some = f" ({len(good)} of {len(seeds)} seeds)" if 0 < len(good) < len(seeds) else ""
-        rows[label + some] = good
-    return seeds_table(rows, COLUMNS)
 
 
 def _configure(reader: ConfigReader, spec: Spec, args: Sequence[str]) -> dict[str, Any]:
