@@ -18,7 +18,7 @@ from lmc.shards.triplets import TripletStream, check_origin, triplet_origin, tri
 
 
 def closed_form(
-    training: list[Path],
+    training: list[str],
     *,
     out: Path,
     triplets: int = 4000,

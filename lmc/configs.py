@@ -1,7 +1,7 @@
 """Configurations: what is built of them, and stage one's, as what needs no training reads it."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,45 @@ def instantiate(parser: Any, parsed: Any) -> Any:
     return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
 
 
+def parse_numbers(
+    given: Sequence[float] | float | str, option: str, kind: Callable[[Any], Any]
+) -> list[Any]:
+    """One or several numbers, each once.
+
+    Args:
+        given: such as '0,1,2', or a number or a list of them, as a YAML may have.
+        option: that they are of, for messages.
+        kind: int or float.
+
+    Raises:
+        ValueError: not numbers, none, or one that comes twice.
+    """
+    parts = str(given).split(",") if isinstance(given, str | int | float) else given
+    try:
+        numbers = [kind(part) for part in parts]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas, got {given!r}") from None
+    if not numbers:
+        raise ValueError(f"{option}: there are none")
+    for number in numbers:
+        if numbers.count(number) > 1:
+            raise ValueError(f"{option}: {number} comes twice")
+    return numbers
+
+
+def parse_seeds(given: Sequence[int] | int | str) -> list[int]:
+    """Seeds, see `parse_numbers`.
+
+    Raises:
+        ValueError: see there; or one that no generator takes.
+    """
+    seeds = parse_numbers(given, "seeds", int)
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seeds must be in [0, 2^63), got {seed}")
+    return seeds
+
+
 @dataclass(frozen=True)
 class StageOne:
     """What is taken of a configuration of train_bias.py.
@@ -53,7 +92,7 @@ class StageOne:
     seed: int
 
 
-def read_stage_one(files: Sequence[Path]) -> StageOne:
+def read_stage_one(files: Sequence[str]) -> StageOne:
     """The configuration in one file, or in several, each over the one before.
 
     Raises:
@@ -63,13 +102,13 @@ def read_stage_one(files: Sequence[Path]) -> StageOne:
     config: dict[str, Any] = {}
     for file in files:
         try:
-            found = yaml.safe_load(file.read_text())
+            found = yaml.safe_load(Path(file).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is no YAML: {error}") from error
         if not isinstance(found, dict):
             raise ValueError(f"{file} is no configuration of train_bias.py: it has no keys")
         config = _over(config, found)
-    names = ", ".join(map(str, files))
+    names = ", ".join(files)
     for section, keys in {"model": ["prior"], "data": ["train", "heldout"]}.items():
         for key in keys:
             try:

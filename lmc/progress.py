@@ -99,7 +99,9 @@ class Progress:
         complete = self.total is not None and done >= self.total
         if self.record is not None and (complete or now - self.written > 1):
             self._record()
-        if self.quiet or (now - self.said < (SECONDS if self.bars is None else 0.2) and not complete):
+        if self.quiet or (
+            now - self.said < (SECONDS if self.bars is None else 0.2) and not complete
+        ):
             return
         self.said = now
         if self.bars is None:

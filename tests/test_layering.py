@@ -9,12 +9,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lmc"
 # Modules and wings, along the data; those of one line know nothing of each other's order.
 ORDER = (
-    *("files", "errors", "device", "schedule", "unet", "hub"),
+    *("files", "errors", "device", "progress", "schedule", "configs", "unet", "hub"),
     "priors",
     "shards",
-    *("corrector", "filter", "translator", "load", "losses", "specs", "optimize", "dreamsampler"),
+    *("corrector", "filter", "translator", "load", "translate"),
+    *("losses", "specs", "optimize", "dreamsampler"),
     "measure",
-    "release",
+    *("release", "closed_form"),
     "one_image",
     "training",
     "compare",

@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -95,7 +95,8 @@ def run(args: Sequence[str]) -> None:
         given.device = choose_device(given.device)
     built = vars(instantiate(parser, given))
     if inspect.isclass(command):
-        command(**built)(record)
+        task: Any = command(**built)
+        task(record)
     else:
         kept = {"record": record} if "record" in inspect.signature(command).parameters else {}
         command(**built, **kept)
@@ -120,12 +121,15 @@ def load(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def parser_of(name: str, command: Callable[..., Any]) -> Any:
+def parser_of(name: str, command: Any) -> Any:
     """The parser of a command's options: its arguments, but for `record`, which is no option."""
     import jsonargparse
 
+    inputs = f" {_positional(command).upper()}" if _positional(command) else ""
     parser: Any = jsonargparse.ArgumentParser(
         prog=f"lmc {name}",
+        # In place of all options there are, which would push an error out of sight.
+        usage=f"%(prog)s{inputs} [--config FILE] [--OPTION VALUE ...]",
         description=(inspect.getdoc(command) or "").split("\n\nArgs:")[0],
         exit_on_error=False,
     )
@@ -135,19 +139,17 @@ def parser_of(name: str, command: Callable[..., Any]) -> Any:
     return parser
 
 
-def types_of(command: Callable[..., Any]) -> dict[str, Any]:
+def types_of(command: Any) -> dict[str, Any]:
     """The options of a command with their types; None for that of the positional arguments."""
-    function = command.__init__ if inspect.isclass(command) else command
-    hints = get_type_hints(function)
-    types: dict[str, Any] = {}
-    for name, parameter in inspect.signature(command).parameters.items():
-        positional = parameter.default is parameter.empty and parameter.kind is not (
-            parameter.KEYWORD_ONLY
-        )
-        types[f"--{name}"] = hints.get(name)
-        if positional:
-            types[""] = hints.get(name)
-    return types
+    hints = get_type_hints(command.__init__ if inspect.isclass(command) else command)
+    types = {f"--{name}": hints.get(name) for name in inspect.signature(command).parameters}
+    return {**types, "": hints.get(_positional(command))}
+
+
+def _positional(command: Any) -> str:
+    """The argument that precedes the options: the one that is not by keyword alone; '' if none."""
+    parameters = inspect.signature(command).parameters.values()
+    return next((p.name for p in parameters if p.kind is not p.KEYWORD_ONLY), "")
 
 
 def joined(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
@@ -165,7 +167,7 @@ def joined(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
         kind = types.get(option)
         if option == "--":  # what follows is for another command line
             found += [f"--overrides={json.dumps(values)}"] if "--overrides" in types else values
-        elif _is_list(kind) and values and not (len(values) == 1 and values[0][:1] in "[{"):
+        elif _is_list(kind) and values and not (len(values) == 1 and _is_whole(values[0], kind)):
             text = json.dumps(values, ensure_ascii=False)
             found.append(f"{option}={text}" if option else text)
         elif kind is bool and not values:
@@ -196,7 +198,12 @@ def _is_list(kind: Any) -> bool:
     return kind is list or get_origin(kind) is list
 
 
-def explained(error: argparse.ArgumentError, command: Callable[..., Any]) -> str:
+def _is_whole(value: str, kind: Any) -> bool:
+    """Whether a value is the list itself, or something else that the option takes as it is."""
+    return value[:1] in "[{" or str in get_args(kind)
+
+
+def explained(error: argparse.ArgumentError, command: Any) -> str:
     """What is wrong with the arguments, with the nearest option there is."""
     text = " ".join(str(error).split())
     word = next((w for w in text.split() if w.startswith("--")), "")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmc.configs import parse_seeds
 from lmc.dreamsampler import (
     AveragePooling,
     Canvas,
@@ -25,7 +26,7 @@ from lmc.dreamsampler import (
     data_weight,
 )
 from lmc.files import write_json, write_text
-from lmc.one_image.job import RECORD, RESULTS, check_out, parse_seeds, save_image
+from lmc.one_image.job import RECORD, RESULTS, check_out, save_image
 from lmc.priors import Embedding, Prior
 from lmc.progress import tracker
 from lmc.shards.images import decode_image, middle_square

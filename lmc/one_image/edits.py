@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmc.configs import parse_numbers
 from lmc.corrector import BiasCorrector
 from lmc.errors import message
 from lmc.files import write_json, write_text
@@ -22,7 +23,6 @@ from lmc.one_image.job import (
     RECORD,
     RESULTS,
     Job,
-    parse_numbers,
     read_image,
     save_image,
 )

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
+from lmc.configs import parse_numbers
 from lmc.losses import LMC
 from lmc.measure.figures import gradients_figure
-from lmc.one_image.job import parse_numbers, read_image, save_whole
+from lmc.one_image.job import read_image, save_whole
 from lmc.priors import Prior
 from lmc.schedule import add_noise
 from lmc.shards.images import middle_square

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmc.configs import parse_seeds
 from lmc.files import write_json, write_text
 from lmc.losses import ScoreDistillation
 from lmc.one_image.job import (
@@ -17,7 +18,6 @@ from lmc.one_image.job import (
     RESULTS,
     Job,
     check_out,
-    parse_seeds,
     read_image,
     save_image,
     save_whole,

@@ -266,7 +266,7 @@ def _done(out: Path, name: str) -> bool:
 
 
 def triplets(
-    training: list[Path],
+    training: list[str],
     *,
     out: Path,
     times_per_image: int = 4,

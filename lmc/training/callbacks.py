@@ -49,7 +49,6 @@ class ShowProgress(Callback):
     ) -> None:
         """Say it, where it is time to."""
 
-
         def note() -> str:
             shown = [(n, x) for n, x in trainer.callback_metrics.items() if n in SHOWN]
             losses = [f"{name.removeprefix('train/')} {value:.4f}" for name, value in shown]

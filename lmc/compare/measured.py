@@ -1,0 +1,118 @@
+"""What is measured of a comparison's trainings, and their picture."""
+
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lmc.compare.runs import Run, steps_done
+from lmc.files import whole, write_json
+from lmc.load import load_averaged
+from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
+from lmc.measure.figures import labelled_grid
+from lmc.measure.metrics import Clip, distances
+from lmc.measure.results import VERSION, numbers
+from lmc.shards.images import ImageStream
+from lmc.translator import Translator
+
+BATCH, PICTURES = 50, 10  # held-out images at a time, and in the picture
+
+
+def measure_run(
+    run: Path | None,
+    folder: Path,
+    name: str,
+    clip: Clip,
+    config: Mapping[str, Any],
+    device: str,
+) -> dict[str, Any]:
+    """The numbers of a run's averaged weights, or of none; the whole result is kept in `folder`."""
+    file = folder / "evaluation.json"
+    model, data = config["model"], config["data"]
+    tools = Tools(distances(data["image_size"]), clip)
+    row = "source" if run is None else name
+    about: dict[str, Any] = {
+        "version": VERSION,
+        "clip": clip.name,
+        "distances": list(tools.distances),
+    }
+    if run is not None:
+        checkpoint = (run / "checkpoints" / "last.ckpt").stat()
+        about["checkpoint"] = [checkpoint.st_size, checkpoint.st_mtime_ns]
+    if file.exists():
+        there = json.loads(file.read_text())
+        if there["of"] == about:
+            return numbers(there["measured"]["rows"][row])
+    stream = ImageStream(data["heldout"], data["image_size"], BATCH, training=False)
+    targets = {target: model["prompt"].format(target) for target in model["classes"]}
+    measured = evaluate(
+        {row: None if run is None else translated(_translator(run).to(device))},
+        lambda: DataLoader(stream, batch_size=None),
+        tools,
+        Prompts(targets, [*targets.values(), model["prompt"].format(model["source"])]),
+        device,
+    )
+    write_json(file, {"of": about, "measured": measured})
+    print(f"measured {name}: {measured['heldout']['count']} images")
+    return numbers(measured["rows"][row])
+
+
+def row_of(run: Run, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """What results.json says of a finished run."""
+    file = run.folder / "training.json"
+    # Absent where this process was killed after the training's last checkpoint: how long it took
+    # is then not known.
+    seconds = json.loads(file.read_text())["seconds"] if file.exists() else None
+    return {
+        **measure(run.folder, run.folder, run.name),
+        "seconds": seconds,
+        "steps": steps_done(run.folder),
+        "evaluations_per_image": run.evaluations,
+    }
+
+
+def not_measured(run: Run, error: Exception) -> dict[str, Any]:
+    """The row of a run that was trained and cannot be measured; the whole error is in its log."""
+    log = run.folder / "log.txt"
+    with open(log, "a") as file:
+        traceback.print_exception(error, file=file)
+    why = f"it cannot be measured: {error}"
+    print(f"{run.name} failed, see {log}:\n{why}")
+    return {"failed": why, "log": str(log)}
+
+
+def draw(runs: Mapping[str, Path], config: Mapping[str, Any], out: Path) -> list[str]:
+    """grid.png: held-out images, then a block a loss with a row a class, of the same images.
+
+    Returns:
+        A line for each loss that could not be drawn.
+    """
+    data, model = config["data"], config["model"]
+    stream = ImageStream(data["heldout"], data["image_size"], PICTURES, training=False)
+    source = next(iter(stream)).image
+    blocks = {"held-out images": {model["source"]: source}}
+    lines: list[str] = []
+    for label, run in runs.items():
+        try:
+            translator = _translator(run)
+            with torch.no_grad():
+                blocks[label] = {
+                    target: translator(source, translator.class_ids([target] * len(source)))
+                    for target in model["classes"]
+                }
+        except Exception as error:  # as with the table
+            lines.append(f"{label} is not in grid.png: {error}")
+            print(lines[-1])
+    with whole(out / "grid.png") as partial_file:
+        labelled_grid(blocks).save(partial_file, "png")
+    return lines
+
+
+def _translator(run: Path) -> Translator:
+    network, _ = load_averaged(run)
+    assert isinstance(network, Translator)
+    return network
