@@ -168,6 +168,8 @@ class ConfigReader(TrainingCLI):
     def read(self, args: Sequence[str]) -> dict[str, Any]:
         """The whole configuration that `fit` with these arguments would have, as plain values.
 
+        A translator's data.image_size is said in any case.
+
         Raises:
             ValueError: what is wrong with them, with the option's name.
         """
@@ -175,7 +177,10 @@ class ConfigReader(TrainingCLI):
             config = self.parser.parse_args(["fit", *args])
         except argparse.ArgumentError as error:
             raise ValueError(str(error)) from error
-        return json.loads(self.parser.dump(config, format="json", skip_none=False))["fit"]
+        read = json.loads(self.parser.dump(config, format="json", skip_none=False))["fit"]
+        if read["data"]["image_size"] is None:  # stage one's is the prior's, which is not built here
+            read["data"]["image_size"] = read["model"].get("image_size")
+        return read
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
