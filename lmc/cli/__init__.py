@@ -1,7 +1,6 @@
 """The `lmc` command: what is done with trained networks, and what needs no training."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,14 @@ IMAGE_COMMANDS = {
     "edit": "optimise a photo towards a prompt, or a list of them under many losses (--list)",
     "gradients": "picture the gradients of one image at some t",
 }
+
+TERMS = (
+    ("license", "of the weights: an id of the hub's list, such as apache-2.0, or other"),
+    ("license_name", "of license other: its name"),
+    ("license_link", "of license other: where it can be read"),
+    ("data", "what the network was trained on, with its licence"),
+    ("prior_license", "the prior and its licence"),
+)
 
 
 def translate(args: argparse.Namespace) -> None:
@@ -53,17 +60,10 @@ def translate(args: argparse.Namespace) -> None:
 
 def release(args: argparse.Namespace) -> None:
     """Turn a run folder into a release."""
-    from lmc.measure.results import numbers
     from lmc.release import release as write
 
-    results = json.loads(args.results.read_text()) if args.results else None
-    if results is not None and args.row:
-        rows = results.get("rows", results)  # of lmc evaluate, or numbers by name
-        if args.row not in rows:
-            raise ValueError(f"{args.results} has no row {args.row!r}; it has {', '.join(rows)}")
-        results = numbers(rows[args.row]) if "rows" in results else rows[args.row]
-    write(args.run, args.out, results, args.picture, args.best)
-    print(f"released to {args.out}")
+    options = {name: value for name, value in vars(args).items() if name != "run_command"}
+    write(options.pop("run"), **options)
 
 
 def triplets(args: argparse.Namespace) -> None:
@@ -117,7 +117,7 @@ def closed_form(args: argparse.Namespace) -> None:
     from lmc.filter import estimate_filter
     from lmc.measure.correctors import evaluate_corrector
     from lmc.priors import Prior
-    from lmc.release import check_out, write_release
+    from lmc.release import check_out, stated, write_release
     from lmc.schedule import TIME_RANGE
     from lmc.shards.images import ImageStream
     from lmc.shards.triplets import TripletStream, check_origin, triplet_origin, triplets_of
@@ -127,6 +127,7 @@ def closed_form(args: argparse.Namespace) -> None:
     model, data = config["model"], config["data"]
     time_range = tuple(model.get("time_range", TIME_RANGE))
     check_out(args.out)
+    terms = stated(config, **{name: getattr(args, name) for name, _ in TERMS})
     origin = triplet_origin(data["train"])
     images_heldout = triplet_origin(data["heldout"]) is None
     prior = build(Prior, model["prior"])
@@ -166,7 +167,7 @@ def closed_form(args: argparse.Namespace) -> None:
             corrector.to(args.device), prior, heldout, args.seed, args.device
         )
     how = f"estimated from {wanted * args.batch_size} triplets in {seconds:.0f} s"
-    write_release(corrector.cpu(), args.out, how, results)
+    write_release(corrector.cpu(), args.out, how, terms, results)
     print(f"{how}; released to {args.out}")
     for name, value in results.items():
         print(f"  held-out {name}: {value:.4f}")
@@ -229,6 +230,8 @@ def parser() -> argparse.ArgumentParser:
     )
     three.add_argument("--row", metavar="NAME", help="which row of it is this network's")
     three.add_argument("--picture", type=Path, metavar="PNG", help="a picture for the card")
+    for option, about in TERMS:
+        three.add_argument(f"--{option}", metavar="TEXT", help=about)
 
     four = commands.add_parser("triplets", help="sample the triplets of stage one into shards")
     four.set_defaults(run_command=triplets)
@@ -298,6 +301,8 @@ def parser() -> argparse.ArgumentParser:
         help="of Eq. 10 (%(default)s)",
     )
     five.add_argument("--device", default="cpu", help="cpu, cuda, … (%(default)s)")
+    for option, about in TERMS:
+        five.add_argument(f"--{option}", metavar="TEXT", help=about)
 
     for option, variable, alone in (("--rank", "RANK", "0"), ("--world-size", "WORLD_SIZE", "1")):
         four.add_argument(

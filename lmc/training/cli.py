@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lmc.release import Terms
 from lmc.training import dry_run, processes
 from lmc.training.about import About
 from lmc.training.base import TrainingModule
@@ -79,6 +80,8 @@ class TrainingCLI(LightningCLI):
             default=False,
             help="say what the training would do and need, and leave before it",
         )
+        # Read by lmc release from the run's config.yaml.
+        parser.add_class_arguments(Terms, "release", instantiate=False)
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -178,7 +181,7 @@ class ConfigReader(TrainingCLI):
         except argparse.ArgumentError as error:
             raise ValueError(str(error)) from error
         read = json.loads(self.parser.dump(config, format="json", skip_none=False))["fit"]
-        if read["data"]["image_size"] is None:  # stage one's is the prior's, which is not built here
+        if read["data"]["image_size"] is None:  # stage one's is the prior's
             read["data"]["image_size"] = read["model"].get("image_size")
         return read
 
