@@ -197,6 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     config = yaml.safe_load(args.config.read_text())
     data = config["data"]
+    data["image_size"] = data.get("image_size") or training(config).image_size
     timed = speed(config, args.times_per_image, args.steps, args.blocks)
     print("\n| | |\n|---|---|")
     for name, value in timed.items():

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Loaded on first use: `import lmc` must not wait for torch or diffusers.
 _PUBLIC = {
     "Corrector": "lmc.corrector",
+    "FilterCorrector": "lmc.filter",
     "Translator": "lmc.translator",
     "DiffusersPrior": "lmc.priors",
     "Prior": "lmc.priors",

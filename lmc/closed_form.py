@@ -12,7 +12,7 @@ from lmc.filter import estimate_filter
 from lmc.measure.correctors import evaluate_corrector
 from lmc.priors import Prior
 from lmc.progress import Progress
-from lmc.release import check_out, write_release
+from lmc.release import check_out, stated, write_release
 from lmc.shards.images import ImageStream
 from lmc.shards.triplets import TripletStream, check_origin, triplet_origin, triplets_of
 
@@ -27,6 +27,9 @@ def closed_form(
     seed: int = 0,
     each_channel: bool = False,
     statistics: Statistics = "image",
+    license: str | None = None,
+    data: str | None = None,
+    prior_license: str | None = None,
     device: str = "auto",
 ) -> None:
     """Estimate a closed-form corrector, in seconds, in place of stage one.
@@ -41,17 +44,20 @@ def closed_form(
         seed: of images, t and eps.
         each_channel: filter each channel by itself: a smaller and coarser corrector.
         statistics: of Eq. 10.
+        license, data, prior_license: see lmc release; default the section 'release' of the
+            configuration.
         device: cpu, cuda, …; default the GPU where there is one.
 
     Raises:
         OSError, ValueError: the configuration or its data are not what they must be, or too few
-            triplets for the bins.
+            triplets for the bins; or the licences are not stated.
     """
     for name, number in (("triplets", triplets), ("bins", bins), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     config = read_stage_one(training)
     check_out(out)
+    terms = stated(config.release, license=license, data=data, prior_license=prior_license)
     origin = triplet_origin(config.train)
     images_heldout = triplet_origin(config.heldout) is None
     prior = build(Prior, config.prior)
@@ -84,7 +90,7 @@ def closed_form(
         heldout = ImageStream(config.heldout, size, batch_size, training=False)
         results = evaluate_corrector(corrector.to(device), prior, heldout, seed, device)
     how = f"estimated from {wanted * batch_size} triplets in {seconds:.0f} s"
-    write_release(corrector.cpu(), out, how, results)
+    write_release(corrector.cpu(), out, how, terms, results)
     print(f"{how}; released to {out}")
     for name, value in results.items():
         print(f"  held-out {name}: {value:.4f}")

@@ -82,6 +82,7 @@ class StageOne:
         image_size: of the images in them; None is the prior's.
         time_range: of t.
         seed: seed_everything.
+        release: the section of that name, under this key.
     """
 
     prior: Mapping[str, Any]
@@ -90,6 +91,7 @@ class StageOne:
     image_size: int | None
     time_range: tuple[float, float]
     seed: int
+    release: Mapping[str, Any]
 
 
 def read_stage_one(files: Sequence[str]) -> StageOne:
@@ -125,6 +127,7 @@ def read_stage_one(files: Sequence[str]) -> StageOne:
         data.get("image_size"),
         check_time_range(tuple(model.get("time_range", TIME_RANGE))),
         seed if type(seed) is int else 0,
+        {"release": config.get("release")},
     )
 
 

@@ -1,72 +1,223 @@
 """A trained network as a folder others can load: averaged weights, config, card. No Lightning.
 
 translator = Translator.from_pretrained("runs/mine/release")  # a folder or a hub id
-translator.push_to_hub("me/cats-to-others")  # huggingface_hub's own
+huggingface_hub.upload_folder(repo_id="me/cats-to-others", folder_path="runs/mine/release")
 """
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from lmc import __version__
 from lmc.filter import FilterCorrector
 from lmc.load import Network, load_averaged
+from lmc.measure.results import numbers
 from lmc.translator import Translator
+
+# What has to be stated, and how that is asked for.
+ASKED = {
+    "license": "of the weights: an id of the hub's list, as apache-2.0 or cc-by-nc-4.0, or other",
+    "data": "what it was trained on, with its licence",
+    "prior_license": "the prior and its licence",
+}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Whose rights a release touches: stated by who makes it, never assumed.
+
+    Args:
+        license: of the weights: an id of the hub's list of licences, such as apache-2.0 or
+            cc-by-nc-4.0, or other.
+        license_name: of license other: its name.
+        license_link: of license other: where it can be read.
+        data: what the network was trained on, with its licence.
+        datasets: of that, what is on the hub, by id.
+        prior_license: the prior and its licence.
+    """
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    data: str | None = None
+    datasets: Sequence[str] = ()
+    prior_license: str | None = None
+
+    def check(self) -> None:
+        """Refuse what does not say enough.
+
+        Raises:
+            ValueError: names what is missing, or wrong, and what to write.
+        """
+        missing = [f"--{key} ({what})" for key, what in ASKED.items() if not getattr(self, key)]
+        if missing:
+            raise ValueError(
+                f"a release has to state {', '.join(missing)}: give it, or write it into the "
+                "section 'release' of the training's config, without the dashes"
+            )
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(self.license)):
+            raise ValueError(f"--license {self.license!r}: has to be {ASKED['license']}")
+        named = bool(self.license_name) + bool(self.license_link)
+        if named != (2 if self.license == "other" else 0):
+            raise ValueError(
+                f"--license {self.license}: --license_name and --license_link say what 'other' is; "
+                "give both with it, and neither with another"
+            )
+
+
+def stated(config: Mapping[str, Any], **options: Any) -> Terms:
+    """What a release states, checked.
+
+    Args:
+        config: a training's, whose section 'release' counts where an option is not given.
+        options: of `Terms`; None is not given.
+
+    Raises:
+        ValueError: see `Terms.check`; or the section holds something else.
+    """
+    section = config.get("release") or {}
+    known = [field.name for field in fields(Terms)]
+    unknown = sorted(set(section) - set(known)) if isinstance(section, Mapping) else [section]
+    if unknown:
+        raise ValueError(f"release: {unknown[0]!r} in the config is none of {', '.join(known)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    terms = Terms(**{**section, **given})
+    terms.check()
+    return terms
 
 
 def release(
-    checkpoint: Path,
+    run: Path,
+    *,
     out: Path,
-    results: Mapping[str, Any] | None = None,
-    picture: Path | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    data: str | None = None,
+    datasets: list[str] | None = None,
+    prior_license: str | None = None,
     best: bool = False,
+    results: Path | None = None,
+    row: str | None = None,
+    picture: Path | None = None,
 ) -> None:
-    """Write model.safetensors, config.json and README.md (the card) into `out`.
+    """Turn a run folder into a release: model.safetensors, config.json and README.md, the card.
+
+    What is not given of license, data and the others up to prior_license is taken from the section
+    'release' of the run's config.yaml; the first two and the last have to be stated.
 
     Args:
-        checkpoint: a run folder or its last.ckpt.
+        run: run folder, or a last.ckpt.
         out: folder to write; a release that is there is replaced.
-        results: what was measured of it, for the card: names and numbers.
-        picture: a PNG to show on the card.
-        best: see `load_averaged`.
+        license: of the weights: an id of the hub's list of licences, such as apache-2.0 or
+            cc-by-nc-4.0, or other.
+        license_name: of license other: its name.
+        license_link: of license other: where it can be read.
+        data: what the network was trained on, with its licence.
+        datasets: of that, what is on the hub, by id.
+        prior_license: the prior and its licence.
+        best: its checkpoints/best.ckpt, by held-out R-Precision, in place of last.ckpt.
+        results: lmc evaluate's JSON, for the card.
+        row: which row of it is this network's.
+        picture: a PNG for the card.
 
     Raises:
         FileNotFoundError, ValueError: see `load_averaged`.
-        ValueError: `out` is there and is something else than a release.
+        ValueError: see `stated`, `check_out` and `read_results`.
     """
     check_out(out)
-    network, step = load_averaged(checkpoint, best)
+    measured = read_results(results, row)
+    network, step = load_averaged(run, best)
+    terms = stated(
+        _config(run),
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        data=data,
+        datasets=datasets,
+        prior_license=prior_license,
+    )
     which = ", the best of the run by held-out R-Precision" if best else ""
-    write_release(network, out, f"{step} steps{which}; averaged weights", results, picture)
+    how = f"{step} steps{which}; averaged weights"
+    write_release(network, out, how, terms, measured, picture)
+    print(
+        f"released to {out}: license {terms.license}; trained on {terms.data}; "
+        f"prior {terms.prior_license}"
+    )
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """The config.yaml of a run folder, or of the one that a checkpoint is in; {} without one."""
+    file = (run if run.is_dir() else run.parent.parent) / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text()) if file.exists() else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def read_results(file: Path | None, row: str | None) -> dict[str, Any]:
+    """The numbers by name of one row of `lmc evaluate`'s JSON, or of any JSON of numbers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such row, one is named of no file, or the file holds something else.
+    """
+    if file is None:
+        if row is not None:
+            raise ValueError(f"--row {row} is of --results: name that file too")
+        return {}
+    try:
+        results = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} holds no JSON of results: {error}") from error
+    if row is None:
+        return results
+    rows = results.get("rows", results)  # of lmc evaluate, or numbers by name
+    if row not in rows:
+        raise ValueError(f"{file} has no row {row!r}; it has {', '.join(rows)}")
+    return numbers(rows[row]) if "rows" in results else rows[row]
 
 
 def write_release(
     network: Network,
     out: Path,
     how: str,
+    terms: Terms,
     results: Mapping[str, Any] | None = None,
     picture: Path | None = None,
 ) -> None:
-    """Write a network and its card; see `release`.
+    """Write model.safetensors, config.json and README.md (the card) into `out`.
 
     Args:
         network: what is released.
-        out, results, picture: see `release`.
+        out: folder to write; a release that is there is replaced.
         how: how it came about, for the card.
+        terms: what is stated of licences.
+        results: what was measured of it, for the card: names and numbers.
+        picture: a PNG to show on the card.
 
     Raises:
-        ValueError: see `check_out`.
+        ValueError: see `Terms.check` and `check_out`.
     """
+    terms.check()
     check_out(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     network.save_pretrained(partial)
     if picture is not None:
         shutil.copy(picture, partial / "samples.png")
-    (partial / "README.md").write_text(card(network, how, results, picture is not None))
+    (partial / "README.md").write_text(card(network, how, terms, results, picture is not None))
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, out)
@@ -88,12 +239,12 @@ def is_release(folder: Path) -> bool:
     return names <= {"config.json", "model.safetensors", "README.md", "samples.png"}
 
 
-def card(network: Network, how: str, results: Mapping[str, Any] | None, picture: bool) -> str:
+def card(
+    network: Network, how: str, terms: Terms, results: Mapping[str, Any] | None, picture: bool
+) -> str:
     """The model card, Markdown with the hub's YAML header."""
     kind = type(network).__name__
-    tags = ["score-distillation", "lmc-sds"]
     if isinstance(network, Translator):
-        tags.append("image-to-image")
         about = (
             f"A feed-forward translator of {network.image_size} x {network.image_size} images "
             f"to {', '.join(network.classes)}."
@@ -102,14 +253,18 @@ def card(network: Network, how: str, results: Mapping[str, Any] | None, picture:
         prior = "\n".join(f"- {key}: `{value}`" for key, value in network.prior.items())
         of = "closed-form corrector" if isinstance(network, FilterCorrector) else "corrector b̂_ψ"
         about = f"The {of} of one prior, and valid for no other:\n\n{prior}"
-    numbers = {k: v for k, v in (results or {}).items() if isinstance(v, int | float)}
-    measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in numbers.items())
-    header = json.dumps({"library_name": "lmc", "license": "apache-2.0", "tags": tags})
+    values = {k: v for k, v in (results or {}).items() if isinstance(v, int | float)}
+    measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in values.items())
+    license = terms.license
+    if license == "other":
+        license = f"[{terms.license_name}]({terms.license_link})"
     parts = [
-        f"---\n{header}\n---",
+        f"---\n{header(network, terms).to_yaml()}\n---",
         f"# {kind}",
         about,
         f"Made with LMC-SDS's code, version {__version__}: {how}.",
+        f"- Licence of these weights: {license}\n- Trained on: {terms.data}\n"
+        f"- With the prior: {terms.prior_license}",
         f'```python\nfrom lmc import {kind}\n\nnetwork = {kind}.from_pretrained("…").eval()\n```',
     ]
     if measured:
@@ -117,3 +272,35 @@ def card(network: Network, how: str, results: Mapping[str, Any] | None, picture:
     if picture:
         parts.append("![samples](samples.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def header(network: Network, terms: Terms) -> ModelCardData:
+    """The card's header: the hub's keys, and training_data and prior_license in free text."""
+    tags = ["score-distillation", "lmc-sds"]
+    more: dict[str, Any] = {}
+    if isinstance(network, Translator):
+        tags.append("image-to-image")
+        more = {"pipeline_tag": "image-to-image"}
+    elif _is_hub_id(pretrained := str(network.prior.get("pretrained"))):
+        # Without the second the hub takes it for the prior itself, trained on.
+        more = {"base_model": pretrained, "base_model_relation": "adapter"}
+    return ModelCardData(
+        library_name="lmc",
+        license=terms.license,
+        license_name=terms.license_name,
+        license_link=terms.license_link,
+        tags=tags,
+        datasets=list(terms.datasets) or None,
+        training_data=terms.data,
+        prior_license=terms.prior_license,
+        **more,
+    )
+
+
+def _is_hub_id(pretrained: str) -> bool:
+    """Whether a prior's name is an id on the hub, and no folder."""
+    try:
+        validate_repo_id(pretrained)
+    except HFValidationError:
+        return False
+    return "/" in pretrained and not Path(pretrained).exists()

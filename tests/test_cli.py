@@ -17,18 +17,19 @@ from lmc.filter import FilterCorrector
 from lmc.load import load_corrector
 from lmc.measure.correctors import evaluate_corrector
 from lmc.priors import DiffusersPrior
-from lmc.release import release
 from lmc.shards.images import ImageStream, decode_image, resize, to_uint8
 from lmc.translator import Translator
 
 import worlds
+from worlds import release
 
 OPTIONS = {
     "evaluate": "--translator --images --shards --real --clip --classes --source --prompt "
     "--candidates --against --beside --batch-size --num-workers --device --offline --out "
     "--named-by-prompt --eval-json",
     "translate": "INPUT --translator --to --out --device",
-    "release": "RUN --out --results --row --picture",
+    "release": "RUN --out --results --row --picture --license --license_name --license_link --data "
+    "--prior_license",
     "closed-form": "--config --out --triplets --bins --batch-size --seed --each-channel "
     "--statistics --device",
     "triplets": "--config --out --times-per-image --batch-size --device --rank --world-size",
@@ -230,6 +231,7 @@ def test_release_end_to_end(world, inputs, tmp_path, capsys):
     results.write_text(json.dumps({"sds": {"clip_score": 0.25}, "lmc": {"clip_score": 0.75}}))
     out = tmp_path / "out"
     args = ["release", str(world / "run"), "--out", str(out), "--results", str(results)]
+    args += worlds.STATED
     main([*args, "--row", "lmc", "--picture", str(inputs[0])])
     assert str(out) in capsys.readouterr().out
     card = (out / "README.md").read_text()
@@ -266,7 +268,7 @@ def stage_one_config(folder: Path, prior: Path, train: str, heldout: str) -> Pat
 
 def closed_form(config: Path, out: Path, *more: str) -> None:
     args = ["closed-form", f"--config={config}", f"--out={out}", "--batch-size=8", "--bins=2"]
-    main([*args, "--triplets=64", *more])
+    main([*args, *worlds.STATED, "--triplets=64", *more])
 
 
 def test_a_closed_form_corrector_is_one_command_away(world, tiny_prior_folder, tmp_path, capsys):
@@ -308,7 +310,7 @@ def test_closed_form_says_what_is_wrong_first(
     shards = f"{world}/shards"
     train, heldout = f"{shards}/train-*.tar", f"{shards}/heldout-*.tar"
     config = stage_one_config(tmp_path, tiny_prior_folder, train, heldout)
-    given = ("closed-form", f"--config={config}", "--triplets=8", "--batch-size=8")
+    given = ("closed-form", f"--config={config}", "--triplets=8", "--batch-size=8", *worlds.STATED)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "is no release" in error(capsys, *given, f"--out={tmp_path / 'mine'}")

@@ -26,12 +26,12 @@ import train_translator
 from lmc.load import load_network
 from lmc.priors import DiffusersPrior, Embedding
 from lmc.priors.weights import weight_files, weights_digest
-from lmc.release import release
 from lmc.training.bias import CorrectorTraining
 
 import families
 import worlds
 from gaussian import small_prior
+from worlds import release
 
 TEXT = ["if", "sd15", "sd21-base", "sd21", "sdxl", "sd35"]
 LATENT = ["sd15", "sd21-base", "sd21", "sdxl", "sd35", "dit"]

@@ -174,7 +174,7 @@ def test_shards_through_a_command_are_read_like_files(tmp_path):
     """Held-out and training, through the data module and its real workers."""
     write_shards(tmp_path, 3, 4)
     pattern = write_shards(tmp_path, 3, 4, "heldout")
-    data = ImageData(piped(tmp_path), piped(tmp_path, "heldout"), SIZE, 3, num_workers=2)
+    data = ImageData(piped(tmp_path), piped(tmp_path, "heldout"), 3, SIZE, num_workers=2)
     data.setup("fit")
     read = keys(list(data.val_dataloader()))
     assert sorted(sum(read, [])) == keys_of(3, 4)
@@ -266,7 +266,7 @@ def test_training_goes_on_past_broken_samples(tmp_path):
 def test_skipped_samples_are_counted_and_logged(tmp_path):
     files = {k: v for k, v in broken_files().items() if k.startswith(("good", "nojson", "noimage"))}
     path = str(write_tar(tmp_path / "a.tar", files))
-    data = ImageData(path, path, SIZE, 2)
+    data = ImageData(path, path, 2, SIZE)
     with pytest.warns(UserWarning, match=r"2 so far.*noimage"):
         for batch in data.val_dataloader():
             data.on_after_batch_transfer(batch, 0)

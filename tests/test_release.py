@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -13,10 +14,11 @@ import train_translator
 from lmc.corrector import Corrector
 from lmc.filter import FilterCorrector
 from lmc.load import load_averaged, load_corrector, load_network
-from lmc.release import release, write_release
+from lmc.release import Terms, read_results, stated, write_release
 from lmc.translator import Translator
 
 import worlds
+from worlds import TERMS, release
 
 ROOT = Path(__file__).parents[1]
 PRIOR = {"pretrained": "some/prior", "digest": "0123", "image_size": 16}
@@ -92,26 +94,147 @@ def test_a_folder_or_a_file_is_a_checkpoint(tmp_path):
 def test_the_card_shows_what_was_measured(tmp_path):
     picture = tmp_path / "grid.png"
     Image.new("RGB", (5, 7), "red").save(picture)
-    results = {"clip_score": 0.26123, "images": 278, "distance_name": "lpips", "nested": {"a": 1}}
-    release(translator_run(tmp_path / "run"), tmp_path / "out", results, picture)
+    results = tmp_path / "results.json"
+    results.write_text(
+        '{"clip_score": 0.26123, "images": 278, "name": "lpips", "nested": {"a": 1}}'
+    )
+    run = translator_run(tmp_path / "run")
+    release(run, tmp_path / "out", results=results, picture=picture)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| clip_score | 0.2612 |" in card and "| images | 278 |" in card
     assert "nested" not in card
     assert 'Translator.from_pretrained("…")' in card and "1234 steps" in card
     assert "dog, bear" in card and "![samples](samples.png)" in card
-    assert card.startswith("---\n")
-    header = json.loads(card.split("---\n")[1])  # JSON is YAML
-    assert header["license"] == "apache-2.0" and header["library_name"] == "lmc"
     assert (tmp_path / "out" / "samples.png").read_bytes() == picture.read_bytes()
 
 
-def test_the_card_s_snippet_runs(tmp_path):
-    release(translator_run(tmp_path / "run"), tmp_path / "out")
+@pytest.mark.parametrize(
+    "network",
+    [
+        Translator(["dog"], 16, [8, 16]),
+        Corrector(3, [8, 8], prior=PRIOR),
+        FilterCorrector(3, 8, prior=PRIOR),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_the_card_s_snippet_runs(tmp_path, network):
+    """Of every kind there is: its class can be imported as the card says."""
+    write_release(network, tmp_path / "out", "by hand", Terms(**TERMS))
     card = (tmp_path / "out" / "README.md").read_text()
     snippet = card.split("```python\n")[1].split("```")[0].replace("…", str(tmp_path / "out"))
     names: dict = {}
     exec(snippet, names)
-    assert_weights(names["network"], averaged(tmp_path / "run"))
+    assert type(names["network"]) is type(network)
+    assert_weights(names["network"], network.state_dict())
+
+
+def header(out: Path) -> dict:
+    """The card's header, as the hub reads it; the card's text has to say the same."""
+    card = (out / "README.md").read_text()
+    found = yaml.safe_load(card.split("---\n")[1])
+    loaded = huggingface_hub.ModelCard.load(out / "README.md")
+    assert card.startswith("---\n") and loaded.data.to_dict() == found
+    assert f"Trained on: {found['training_data']}\n" in loaded.text
+    assert f"With the prior: {found['prior_license']}\n" in loaded.text
+    return found
+
+
+def test_the_card_states_the_licences(tmp_path):
+    release(translator_run(tmp_path / "run"), tmp_path / "out")
+    assert header(tmp_path / "out") == {
+        "library_name": "lmc",
+        "license": "cc0-1.0",
+        "tags": ["score-distillation", "lmc-sds", "image-to-image"],
+        "pipeline_tag": "image-to-image",
+        "training_data": "random pictures, CC0-1.0",
+        "prior_license": "random weights, CC0-1.0",
+    }
+    own = {
+        "license": "other",
+        "license_name": "Mine: a 'licence'",
+        "license_link": "https://x.org/l",
+    }
+    hard = "AFHQ: CC BY-NC 4.0 # 'non-commercial'"
+    run = corrector_run(tmp_path / "bias")
+    release(run, tmp_path / "out", **own, data=hard, datasets=["me/afhq"])
+    found = header(tmp_path / "out")
+    assert found["license"] == "other" and found["license_name"] == "Mine: a 'licence'"
+    assert found["license_link"] == "https://x.org/l" and found["training_data"] == hard
+    assert found["datasets"] == ["me/afhq"] and found["base_model"] == "some/prior"
+    assert "[Mine: a 'licence'](https://x.org/l)" in (tmp_path / "out" / "README.md").read_text()
+    assert "apache" not in (tmp_path / "out" / "README.md").read_text().lower()
+
+
+def test_a_folder_is_no_base_model(tmp_path):
+    """The hub would refuse the card, or link another's model."""
+    for name in ("data/some/prior", "/tmp/prior", str(tmp_path), "prior"):
+        write_release(
+            FilterCorrector(3, 8, prior={**PRIOR, "pretrained": name}),
+            tmp_path / "out",
+            "by hand",
+            Terms(**TERMS),
+        )
+        assert "base_model" not in header(tmp_path / "out"), name
+
+
+@pytest.mark.parametrize("missing", [*TERMS, "all"])
+def test_a_release_that_states_no_licence_is_refused(tmp_path, missing):
+    run = translator_run(tmp_path / "run")
+    left_out = {name: None for name in TERMS if missing in (name, "all")}
+    with pytest.raises(ValueError, match="has to state") as refused:
+        release(run, tmp_path / "out", **left_out)
+    for name in TERMS:
+        assert (f"--{name} (" in str(refused.value)) == (name in left_out)
+    assert not (tmp_path / "out").exists()
+    # The run's own config may have it; what is given goes before that.
+    config = {
+        "model": {},
+        "release": {"license": "cc-by-nc-4.0", "data": "D", "prior_license": "P"},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    release(run / "checkpoints" / "last.ckpt", tmp_path / "out", **left_out)
+    found = header(tmp_path / "out")
+    for name in TERMS:
+        expected = config["release"][name] if name in left_out else TERMS[name]
+        assert found["training_data" if name == "data" else name] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"license": "Apache 2.0"}, "'Apache 2.0'.*apache-2.0"),
+        ({"license": "other"}, "--license_name and --license_link"),
+        ({"license": "other", "license_name": "Mine"}, "--license_name and --license_link"),
+        ({"license_link": "https://x.org"}, "neither with another"),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        stated({}, **{**TERMS, **options})
+
+
+def test_a_config_that_states_something_else_is_refused(tmp_path):
+    for section in ({"licence": "mit"}, "mit"):
+        with pytest.raises(ValueError, match=r"release: '\w+' in the config is none of license, "):
+            stated({"release": section}, **TERMS)
+    run = translator_run(tmp_path / "run")
+    (run / "config.yaml").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.yaml is no YAML"):
+        release(run, tmp_path / "out")
+
+
+def test_results_are_a_row_of_a_file(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text('{"lmc": {"clip_score": 1.0}}')
+    assert read_results(file, "lmc") == {"clip_score": 1.0} and read_results(None, None) == {}
+    with pytest.raises(ValueError, match="no row 'sds'; it has lmc"):
+        read_results(file, "sds")
+    with pytest.raises(ValueError, match="--row lmc is of --results"):
+        read_results(None, "lmc")
+    for text in ("[1]", "{", "\x80"):
+        file.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"results\.json holds no JSON"):
+            read_results(file, None)
 
 
 def test_no_pickle_is_released(tmp_path):
@@ -124,13 +247,16 @@ def test_releasing_again_replaces(tmp_path):
     run = translator_run(tmp_path / "run")
     picture = tmp_path / "grid.png"
     Image.new("RGB", (5, 7)).save(picture)
-    release(run, tmp_path / "out", {"clip_score": 1.0}, picture)
+    results = tmp_path / "results.json"
+    results.write_text('{"clip_score": 1.0}')
+    release(run, tmp_path / "out", results=results, picture=picture)
     newer = translator_run(tmp_path / "newer", ("lion",))
     release(newer, tmp_path / "out")
     assert_weights(Translator.from_pretrained(tmp_path / "out"), averaged(newer))
     assert not (tmp_path / "out" / "samples.png").exists()
     assert "clip_score" not in (tmp_path / "out" / "README.md").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "newer", "out", "grid.png"}
+    made = {"run", "newer", "out", "grid.png", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == made
 
 
 def test_a_failed_release_leaves_the_old_one(tmp_path):
@@ -195,7 +321,8 @@ def test_a_corrector_keeps_its_prior(tmp_path):
 
 def test_the_kinds_are_told_apart(tmp_path):
     release(corrector_run(tmp_path / "b"), tmp_path / "corrector")
-    write_release(FilterCorrector(3, 8, prior=PRIOR), tmp_path / "filter", "by hand")
+    filters = FilterCorrector(3, 8, prior=PRIOR)
+    write_release(filters, tmp_path / "filter", "by hand", Terms(**TERMS))
     assert isinstance(load_network(str(tmp_path / "filter")), FilterCorrector)
     card = (tmp_path / "filter" / "README.md").read_text()
     assert "closed-form corrector of one prior" in card and "by hand" in card

@@ -19,7 +19,6 @@ import train_translator
 from lmc import losses
 from lmc.load import load_averaged
 from lmc.priors import DiffusersPrior
-from lmc.release import release
 from lmc.specs import LOSSES
 from lmc.training.base import NonFiniteGradient, StepDecay
 from lmc.training.callbacks import AtomicCheckpointIO
@@ -27,6 +26,7 @@ from lmc.training.cli import ConfigReader, TrainingCLI
 from lmc.training.translator import Ramp, TranslatorTraining
 
 import worlds
+from worlds import release
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def corrector(tmp_path_factory: pytest.TempPathFactory, tiny_prior_folder: Path,
     """A released corrector of the tiny prior."""
     folder = tmp_path_factory.mktemp("bias")
     train_bias.main(worlds.bias_args(tiny_prior_folder, data, folder / "run"))
-    release(folder / "run", folder / "release", {"loss": 1.0})
+    release(folder / "run", folder / "release")
     return folder / "release"
 
 

@@ -25,7 +25,7 @@ from lmc.measure.correctors import CorrectorErrors
 from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
 from lmc.measure.metrics import Clip, MissingWeights, rmse
 from lmc.priors import DiffusersPrior
-from lmc.release import write_release
+from lmc.release import Terms, write_release
 from lmc.shards.images import ImageStream
 from lmc.training import about
 from lmc.training.bias import CorrectorTraining, key_generator
@@ -372,8 +372,8 @@ def test_the_best_is_released(tiny_prior_folder, data, clip, tmp_path, monkeypat
     run = tmp_path / "run"
     scripted(monkeypatch, (0.5, 0.1), (0.4, 0.1))
     train_translator.main(args(tiny_prior_folder, data, run, clip))
-    main(["release", str(run), "--out", str(tmp_path / "best"), "--best"])
-    main(["release", str(run), "--out", str(tmp_path / "last")])
+    main(["release", str(run), "--out", str(tmp_path / "best"), "--best", *worlds.STATED])
+    main(["release", str(run), "--out", str(tmp_path / "last"), *worlds.STATED])
     (network, step), (other, end) = load_averaged(run, best=True), load_averaged(run)
     assert (step, end) == (2, 3)
     weights, others = network.state_dict(), other.state_dict()
@@ -401,7 +401,7 @@ def closed_form(tiny_prior_folder, tmp_path_factory) -> Path:
     corrector.gain.copy_(random(*corrector.gain.shape))
     corrector.offset.copy_(random(*corrector.offset.shape, seed=1))
     folder = tmp_path_factory.mktemp("closed_form")
-    write_release(corrector, folder, "made up")
+    write_release(corrector, folder, "made up", Terms(**worlds.TERMS))
     return folder
 
 
@@ -487,7 +487,8 @@ def test_a_wrong_closed_form_is_named(
     tiny_prior_folder, other_prior_folder, data, closed_form, tmp_path, untrained
 ):
     prior = DiffusersPrior(str(tiny_prior_folder))
-    write_release(Corrector(3, [8, 8], prior=prior.identity), tmp_path / "trained", "made up")
+    corrector, terms = Corrector(3, [8, 8], prior=prior.identity), Terms(**worlds.TERMS)
+    write_release(corrector, tmp_path / "trained", "made up", terms)
     for wrong, folder, words in (
         (f"{tmp_path}/not/there", tiny_prior_folder, "no release there"),
         (tmp_path / "trained", tiny_prior_folder, "is a trained corrector"),

@@ -2,11 +2,26 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
+import lmc.release
 from lmc.shards.images import to_uint8, write_shard
+
+# What a release has to state, and the same as options.
+TERMS = {
+    "license": "cc0-1.0",
+    "data": "random pictures, CC0-1.0",
+    "prior_license": "random weights, CC0-1.0",
+}
+STATED = [f"--{name}={value}" for name, value in TERMS.items()]
+
+
+def release(run: Path, out: Path, **more: Any) -> None:
+    """lmc.release.release, with what has to be stated."""
+    lmc.release.release(run, out=out, **{**TERMS, **more})
 
 
 def png(image: torch.Tensor, mode: str = "RGB", suffix: str = "png") -> bytes:

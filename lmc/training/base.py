@@ -42,6 +42,7 @@ class TrainingModule(LightningModule):
         best_of: what they are measured with and on, of which only equals are compared.
         heldout_images: how many held-out images are looked at, the first in the shards' order;
             None is all.
+        image_size: the side in pixels of its data's images, unless data.image_size says another.
 
     Args:
         network: what is trained.
@@ -64,6 +65,11 @@ class TrainingModule(LightningModule):
     def heldout_images(self) -> int | None:
         """See the class."""
         return None
+
+    @property
+    def image_size(self) -> int:
+        """See the class."""
+        raise NotImplementedError
 
     def __init__(
         self,

@@ -81,6 +81,11 @@ class CorrectorTraining(TrainingModule):
         assert isinstance(self.network, Corrector)
         return self.network
 
+    @property
+    def image_size(self) -> int:
+        """The prior's."""
+        return self.prior.image_size
+
     def prepare_data(self) -> None:
         """Embed the empty prompt into the cache, on one process a node."""
         if self._samples_triplets():

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lmc.release import Terms
 from lmc.training import dry_run, processes
 from lmc.training.about import About
 from lmc.training.base import TrainingModule
@@ -79,6 +80,8 @@ class TrainingCLI(LightningCLI):
             default=False,
             help="say what the training would do and need, and leave before it",
         )
+        # Read by lmc release from the run's config.yaml.
+        parser.add_class_arguments(Terms, "release", instantiate=False)
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -168,6 +171,8 @@ class ConfigReader(TrainingCLI):
     def read(self, args: Sequence[str]) -> dict[str, Any]:
         """The whole configuration that `fit` with these arguments would have, as plain values.
 
+        A translator's data.image_size is said in any case.
+
         Raises:
             ValueError: what is wrong with them, with the option's name.
         """
@@ -175,7 +180,10 @@ class ConfigReader(TrainingCLI):
             config = self.parser.parse_args(["fit", *args])
         except argparse.ArgumentError as error:
             raise ValueError(str(error)) from error
-        return json.loads(self.parser.dump(config, format="json", skip_none=False))["fit"]
+        read = json.loads(self.parser.dump(config, format="json", skip_none=False))["fit"]
+        if read["data"]["image_size"] is None:  # stage one's is the prior's
+            read["data"]["image_size"] = read["model"].get("image_size")
+        return read
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]

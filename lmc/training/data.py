@@ -22,9 +22,10 @@ class ImageData(LightningDataModule):
         train: the training shards: a path with wildcards or braces, a URL or a 'pipe:' command.
             Shards of `lmc triplets` are known by what is in them.
         heldout: the held-out shards, likewise; they may be of the other kind.
-        image_size: the side in pixels of their images; not of triplets, which have the prior's.
         batch_size: images (triplets) a step and process; the effective batch is that times
             processes times trainer.accumulate_grad_batches.
+        image_size: the side in pixels of their images; None is the model's own
+            (`TrainingModule.image_size`). Triplets have the prior's.
         num_workers: loading processes a training process; 0 loads in the process itself.
         shuffle: samples in the shuffle buffer.
         seed: of the order; follows seed_everything.
@@ -34,8 +35,8 @@ class ImageData(LightningDataModule):
         self,
         train: str,
         heldout: str,
-        image_size: int,
         batch_size: int,
+        image_size: int | None = None,
         num_workers: int = 0,
         shuffle: int = 1000,
         seed: int = 0,
@@ -127,7 +128,8 @@ class ImageData(LightningDataModule):
             if self._origins[shards] is not None:
                 return TripletStream(shards, self.batch_size, training, **order)
         limit = None if training or model is None else getattr(model, "heldout_images", None)
-        return ImageStream(shards, self.image_size, self.batch_size, training, limit=limit, **order)
+        size = model.image_size if self.image_size is None else self.image_size
+        return ImageStream(shards, size, self.batch_size, training, limit=limit, **order)
 
     def _loader(self, stream: ShardStream) -> DataLoader:
         return DataLoader(

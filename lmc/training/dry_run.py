@@ -27,6 +27,7 @@ from lmc.training.validation import Validation
 
 DENOISERS, CODERS = ("unet", "transformer"), ("vae",)
 PARTS = (*DENOISERS, *CODERS, "text_encoder*", "tokenizer*", "scheduler")
+UNKNOWN = SimpleNamespace(channels=3, latent=False, image_size=None)  # a prior that is not here
 COUNTED = 100  # shards whose samples are counted; of more, the number is an estimate
 
 
@@ -62,6 +63,8 @@ def report(
         lines.append(("corrector", f"{corrector}: {_corrector(corrector)}"))
     for split in ("train", "heldout"):
         lines.append((f"data.{split}", shards(data[split])))
+    side = model.image_size if data["image_size"] is None else data["image_size"]
+    lines.append(("images", f"{side} x {side} pixels" if side else "of the prior's size"))
     lines.append(("steps", f"{trainer['max_steps']:,}"))
     lines.append(
         (
@@ -110,7 +113,7 @@ def build_model(
     model_class: type[TrainingModule], config: Mapping[str, Any], prior: Any
 ) -> TrainingModule:
     """The training module with its network on the meta device, for the sake of its sizes."""
-    given = {**config, "prior": Unread(prior or SimpleNamespace(channels=3, latent=False))}
+    given = {**config, "prior": Unread(prior or UNKNOWN)}
     if "loss" in given:
         # It may load a corrector's weights.
         given["loss"] = SimpleNamespace(choose_time=lambda time: time, negative_prompt=None)

@@ -117,6 +117,11 @@ class TranslatorTraining(TrainingModule):
         return self.network
 
     @property
+    def image_size(self) -> int:
+        """The translator's."""
+        return self.translator.image_size
+
+    @property
     def best_of(self) -> str:
         """See `TrainingModule`."""
         return f"{self.validation.clip}, {self.validation.images} images"
@@ -138,13 +143,13 @@ class TranslatorTraining(TrainingModule):
             OSError, ValueError: see `load_tools`.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        if data is not None and data.image_size != self.translator.image_size:
+        if data is not None and data.image_size not in (None, self.image_size):
             raise ValueError(
-                f"model.image_size {self.translator.image_size} and data.image_size "
-                f"{data.image_size} differ: set both to the side of the shards' images"
+                f"model.image_size {self.image_size} and data.image_size {data.image_size} differ: "
+                "set the first to the side of the shards' images, and leave out the other"
             )
         device = self.trainer.strategy.root_device
-        self.tools = load_tools(self.validation, self.translator.image_size, device)
+        self.tools = load_tools(self.validation, self.image_size, device)
         if self.trainer.is_global_zero:
             for line in self.tools.left_out:
                 print(line, flush=True)
