@@ -17,7 +17,8 @@ import lmc.measure.metrics
 import lmc.one_image.edits
 import lmc.one_image.job
 import lmc.one_image.synthesis
-from lmc.cli import main
+import lmc.progress
+from lmc.cli import joined, load, main, parser_of, types_of
 from lmc.filter import FilterCorrector
 from lmc.losses import LMC, VSD, Cond, ScoreDistillation
 from lmc.measure.metrics import (
@@ -85,7 +86,7 @@ def edit(prior, world, tmp_path) -> list[str]:
 
 @pytest.fixture
 def edits(prior, world, tmp_path) -> list[str]:
-    args = ["edit", f"--list={world}/edits.jsonl", *prior, f"--clip={world}/clip", *BRIEF]
+    args = ["edits", f"--list={world}/edits.jsonl", *prior, f"--clip={world}/clip", *BRIEF]
     args += ["--losses=sds,lmc:corrector=identity", "--guidance_scales=2,5", "--size=20"]
     return [*args, f"--out={tmp_path}/out"]
 
@@ -107,10 +108,10 @@ def read(file: Path) -> torch.Tensor:
 
 def test_help_has_the_commands_and_their_options(capsys):
     for args, words in (
-        (["--help"], ["synthesize", "edit", "gradients"]),
+        (["--help"], ["synthesize", "edit", "edits", "gradients", "dreamsampler inpaint"]),
         (["synthesize", "--help"], ["--seeds", "--settings.patch_range", "--loss", "--time"]),
-        (["edit", "--help"], ["--image", "--source_prompt", "--list FILE"]),
-        (["edit", "--list", "x", "--help"], ["--guidance_scales", "--statistics_scale"]),
+        (["edit", "--help"], ["--image", "--source_prompt", "--config", "--print_config"]),
+        (["edits", "--help"], ["--guidance_scales", "--statistics_scale"]),
         (["gradients", "--help"], ["--corrector", "--guidance_scale"]),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -135,9 +136,9 @@ def test_synthesis_writes_pictures_their_progression_and_its_settings(synthesize
     if found["name"] == "rmse":  # the pictures are rounded to bytes
         assert found["mean"] == pytest.approx(expected.mean().item(), abs=5e-3)
         assert found["deviation"] == pytest.approx(expected.std(correction=0).item(), abs=5e-3)
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert f"of 2 runs to the first: {found['mean']:.3f} ± {found['deviation']:.3f}" in printed
-    assert "step 4/4" in printed and "left" in printed
+    assert re.search(r"optimising 4/4  [\d.]+ steps/s  0:00:00 left", said)
     # The settings alone make the same image, also of one seed; elsewhere.
     again = tmp_path / "again"
     main(["synthesize", f"--config={out}/settings.yaml", f"--out={again}", "--seeds=5"])
@@ -291,10 +292,11 @@ def test_every_edit_of_a_list_is_measured(edits, world, tmp_path, capsys):
         assert Image.open(out / figure).width > 300
         (out / figure).unlink()
     # Four steps of two edits with two losses at two scales.
-    assert "step 32/32" in capsys.readouterr().out
+    # Two of them see two patches; both losses take two evaluations.
+    assert "editing 96/96" in capsys.readouterr().err
     # The settings are those of a list again; all is done.
-    main(["edit", f"--config={out}/settings.yaml"])
-    assert (out / "fig5.png").exists() and "step" not in capsys.readouterr().out
+    main(["edits", f"--config={out}/settings.yaml"])
+    assert (out / "fig5.png").exists() and "editing" not in capsys.readouterr().err
 
 
 def test_a_list_goes_on_with_what_is_not_done(edits, tmp_path, monkeypatch):
@@ -407,28 +409,25 @@ def test_the_time_left_is_by_evaluations_of_the_denoiser(edits, monkeypatch, cap
         return renderer.image.detach()
 
     monkeypatch.setattr(lmc.one_image.edits, "optimize", ticking)
-    monkeypatch.setattr(lmc.one_image.job, "SECONDS", 0.0)
-    monkeypatch.setattr(lmc.one_image.job, "clock", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(lmc.progress, "SECONDS", 0.0)
+    monkeypatch.setattr(lmc.progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     losses = "cond,test_cli_image.Another,dds,sdi"
     with pytest.raises(SystemExit, match="failed: dds at 5"):
         main([*edits, f"--losses={losses}", "--guidance_scales=5", "--batch_size=1"])
-    # Steps, seconds since the beginning, and what is left.
+    # Evaluations, of which each takes a second, and what is left.
     lines = [
-        re.fullmatch(r"step (\d+)/(\d+)  ([\d.]+) steps/s  (\d+):(\d+):(\d+) left", line)
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("step ")
+        re.fullmatch(r"editing (\d+)/(\d+)  .* at 5  1.0 evaluations/s  (\d+):(\d+):(\d+) left", x)
+        for x in capsys.readouterr().err.splitlines()
+        if x.startswith("editing ")
     ]
     images, whole = 2, 6  # parts of an image in all its steps
     planned = sum(each.values()) * images * whole
-    done = [int(line[1]) for line in lines]
-    assert done == [*range(1, 27)] and lines[0][2] == "32" and lines[-1][2] == "26"
-    seconds, costs = 0, [[2, 2, 4, 4]] * 4 + [[4, 4]] + [[11, 11, 22, 22]] * 2
-    for line, cost in zip(lines, [cost for several in costs for cost in several], strict=True):
-        seconds += cost
-        hours, minutes, rest = (int(line[i]) for i in (4, 5, 6))
-        # Of the failed loss's two images 2 of 12 parts were done.
-        total = planned - (4 * 10 if seconds > ended[0] else 0)
-        assert hours * 3600 + minutes * 60 + rest == total - seconds
+    # Of the failed loss's two images 2 of 12 parts were done: 40 evaluations are never made.
+    assert len(lines) >= 26 and int(lines[0][2]) == planned and int(lines[-1][2]) == planned - 40
+    for line in lines:
+        done, total, hours, minutes, seconds = (int(each) for each in line.groups())
+        assert hours * 3600 + minutes * 60 + seconds == total - done
+    assert done == total == now[0] and ended
 
 
 def test_a_table_has_means_with_intervals_over_the_edits(edits, world, tmp_path, capsys):
@@ -511,7 +510,8 @@ def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
     (tmp_path / "text.yaml").write_text("only text")
     for args in (["--config=none.yaml"], [f"--config={tmp_path}/text.yaml"], ["--config"]):
         assert "config" in error(*edit, *args)
-    assert "--list: expected one argument" in error("edit", "--list")
+    assert "--list" in error("edits", "--list")
+    assert "unknown option --list" in error("edit", "--list", "x")
 
 
 def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch, capsys):
@@ -538,7 +538,7 @@ def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch,
     assert "| cond |" in (text := (out / "table.md").read_text()) and "| sds |" not in text
     assert found["means"]["sds"] == {} and found["means"]["cond"].keys() == {"2", "5"}
     assert (out / "fig5.png").exists() and (out / "fig6.png").exists()
-    assert "step 24/24" in capsys.readouterr().out  # of 32, without the failed ones' 8
+    assert "editing 72/72" in capsys.readouterr().err  # of 96, without what failed
     with pytest.raises(SystemExit):
         main(args)
     found = json.loads((out / "results.json").read_text())
@@ -678,11 +678,11 @@ def test_configs_open_with_a_command_that_takes_them(file):
     """Their keys and types; and the paper's settings are the defaults, written out."""
     header = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ")]
     _, command, *args = shlex.split(header[1])
+    function = load(command)
     assert f"--config configs/image/{file.name}" in header[1]
     args[args.index("--config") + 1] = str(file)
-    function, parser = lmc.one_image.synthesis.command_line(command, args)
-    given = parser.parse_args(args)
-    settings = {"synthesize": Synthesis, "edit": Editing, "edit_list": Comparison}
+    given = parser_of(command, function).parse_args(joined(args, types_of(function)))
+    settings = {"synthesize": Synthesis, "edit": Editing, "edits": Comparison}
     assert "Expected:" in "".join(header) or "not run" in "".join(header)
     built = settings[function.__name__](**given.settings.as_dict())
     assert (built == settings[function.__name__]()) == file.stem.startswith("paper")
@@ -696,7 +696,7 @@ def test_gradients_are_pictured(prior, world, tmp_path, monkeypatch):
     shown = {}
     figure = lmc.measure.figures.gradients_figure
     monkeypatch.setattr(
-        lmc.measure.figures,
+        lmc.one_image.gradients,
         "gradients_figure",
         lambda rows, names: shown.update(rows) or figure(rows, names),
     )

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from PIL import Image
 from test_evaluate import build_clip_folder
 from torch.utils.data import DataLoader
 
-import lmc.compare.comparison
+import lmc.compare.measured
+import lmc.progress
 import lmc.training.__main__ as training
 from lmc.cli import main
-from lmc.compare.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings
+from lmc.compare import side_by_side
+from lmc.compare.side_by_side import AGAIN, Stopped, TrainingFailed, Trainings, gpu_parts
 from lmc.corrector import Corrector
 from lmc.load import load_averaged
 from lmc.losses import NEGATIVE_PROMPT
@@ -117,7 +120,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 def args(world: Path, out: Path, losses: str | None, *more: str, config: str = "LMC") -> list[str]:
     named = ["--losses", losses] if losses else []
-    where = ["--config", str(world / f"{config}.yaml"), "--out", str(out)]
+    where = [str(world / f"{config}.yaml"), "--out", str(out)]
     return ["compare", *where, "--clip", str(world / "clip"), *named, *more]
 
 
@@ -456,7 +459,7 @@ def test_a_run_that_cannot_be_measured(world, trained, copy):
 
 
 def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
-    drawn = lmc.compare.comparison._translator
+    drawn = lmc.compare.measured._translator
 
     def failing(run: Path) -> object:
         if run.parent.name == "sds":
@@ -577,7 +580,7 @@ def test_a_schedule_of_one_loss(world, trained, tmp_path):
 def test_seed_and_folder_by_default(world, trained, tmp_path, monkeypatch):
     """Everything else that the configuration has holds; the folder is named after it."""
     monkeypatch.chdir(tmp_path)
-    config = ["--config", str(world / "SDS.yaml"), "--clip", str(world / "clip")]
+    config = [str(world / "SDS.yaml"), "--clip", str(world / "clip")]
     main(["compare", *config, "--losses", "sds", "--", "--trainer.max_steps=1"])
     assert trained == ["sds seed 3"]
     assert (tmp_path / "runs" / "compare" / "SDS" / "sds" / "seed3" / "config.yaml").exists()
@@ -634,10 +637,10 @@ def test_table_over_seeds():
 
 # Says where it is, then waits; leaves cleanly when it is told to, as a training does.
 STEADY = """
-import signal, sys, time
+import os, pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
-print("steps 10 to 50", flush=True)
-print("step 30/50  loss 1", flush=True)
+pathlib.Path(os.environ["LMC_PROGRESS"]).write_text('{"first": 10, "done": 30, "total": 50}')
+print("step 30", flush=True)
 time.sleep(60)
 """
 FAILING = "import time; time.sleep(1); print('bad'); raise SystemExit(3)"
@@ -688,20 +691,49 @@ def test_sigterm_lets_the_trainings_save(tmp_path):
 
 def test_progress_is_of_all_together(tmp_path):
     """a is at 30 of 10 … 50 at three times the cost of b, which is done, and of c, not begun:
-    60 + 20 of 120 + 20 + 40 are done after the first 80 s."""
-    lines: list[str] = []
-    costs = {"a": 3.0, "b": 1.0, "c": 1.0}
-    trainings = Trainings({"a": 50, "b": 20, "c": 40}, costs, say=lines.append, every=0.1)
-    trainings.first, trainings.at, trainings.ended = {"a": 10, "b": 0}, {"a": 30, "b": 20}, {"b"}
+    60 + 20 of 120 + 20 + 40 are done."""
+    trainings = Trainings({"a": 50, "b": 20, "c": 40}, {"a": 3.0, "b": 1.0, "c": 1.0})
+    for name, first, done in (("a", 10, 30), ("b", 0, 20)):
+        trainings.records[name] = tmp_path / name
+        trainings.records[name].write_text(
+            json.dumps({"first": first, "done": done, "total": trainings.steps[name]})
+        )
     trainings.running["a"] = None
-    trainings.start = time.monotonic() - 80
-    line = trainings.progress()
-    assert line == "a 30/50  1 of 3 trainings ended  about 1.7 min of training left"  # 100 s
-    trainings = Trainings({"a": 50}, {"a": 1.0}, say=lines.append, every=0.1)
-    assert trainings.progress() == ""
-    ends = python("import time; print('steps 0 to 50\\nstep 25/50', flush=True); time.sleep(0.5)")
-    trainings.run([lambda: trainings.train("a", ends, tmp_path / "log")], 1)
-    assert any(line.startswith("a 25/50  0 of 1 trainings ended") for line in lines)
+    trainings.ended.add("b")
+    share, note = trainings.progress()
+    assert share == pytest.approx(80 / 180) and note == "a 30/50"
+    (tmp_path / "a").write_text("{")  # half written, or something else's
+    assert trainings.progress()[0] == pytest.approx(20 / (150 + 20 + 40))
+
+
+def test_progress_comes_from_numbers_not_from_prose(tmp_path, monkeypatch, capfd):
+    """A training that prints lines like those of its progress does not move the bar."""
+    monkeypatch.setattr(lmc.progress, "SECONDS", 0.0)
+    monkeypatch.setattr(side_by_side, "EVERY", 0.1)
+    source = STEADY.replace("step 30", "step 49/50").replace("sleep(60)", "sleep(1)")
+    trainings = Trainings({"a": 50}, {"a": 1.0})
+    trainings.run([lambda: trainings.train("a", python(source), tmp_path / "log")], 1)
+    printed = capfd.readouterr().err
+    assert "a 25/50" in printed and "49/50" not in printed and "left" in printed
+
+
+def test_trainings_side_by_side_have_gpus_of_their_own(tmp_path):
+    source = "import os, time; print(os.environ.get('CUDA_VISIBLE_DEVICES')); time.sleep(0.5)"
+
+    def seen(gpus: list[str], count: int) -> list[str]:
+        trainings = Trainings(dict.fromkeys("abc", 1), dict.fromkeys("abc", 1.0), gpus=gpus)
+        logs = [tmp_path / f"{len(gpus)}-{count}-{name}" for name in "abc"]
+        jobs = [
+            partial(trainings.train, name, python(source), log)
+            for name, log in zip("abc", logs, strict=True)
+        ]
+        trainings.run(jobs, count)
+        return sorted(log.read_text().strip() for log in logs)
+
+    assert seen(["0", "3"], 2) in (["0", "0", "3"], ["0", "3", "3"])
+    assert seen(["0", "1", "2", "3"], 2) in (["0,2", "0,2", "1,3"], ["0,2", "1,3", "1,3"])
+    assert seen(["0"], 3) == ["0", "0", "0"]
+    assert gpu_parts([], 2) == []
 
 
 def test_threads_are_those_asked_for(tmp_path):

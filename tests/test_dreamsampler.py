@@ -11,8 +11,7 @@ from diffusers import DDIMScheduler
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-import lmc.one_image.dreamsampling
-from lmc.cli import main
+from lmc.cli import load, main, parser_of
 from lmc.dreamsampler import (
     AveragePooling,
     Canvas,
@@ -485,5 +484,6 @@ def test_the_config_opens_with_a_command_that_takes_it():
     header = next(line for line in file.read_text().splitlines() if "--config" in line)
     _, _, _, command, *args = shlex.split(header)
     args[args.index("--config") + 1] = str(file)
-    given = lmc.one_image.dreamsampling.parser().parse_args([command, *args])
-    assert given.edit.sampler.steps == 50 and given.edit.prior.class_path.endswith("DiffusersPrior")
+    name = f"dreamsampler {command}"
+    given = parser_of(name, load(name)).parse_args(args)
+    assert given.sampler.steps == 50 and given.prior.class_path.endswith("DiffusersPrior")

@@ -483,7 +483,7 @@ def untouched(monkeypatch):
     monkeypatch.setattr(Corrector, "from_pretrained", touched)
 
 
-@pytest.mark.parametrize("flag", [["--dry_run", "true"], ["--dry-run"]])
+@pytest.mark.parametrize("flag", [["--dry_run", "true"], ["--dry_run"]])
 def test_a_dry_run_reports_and_leaves(tiny_prior_folder, data, tmp_path, capsys, untouched, flag):
     more = ["--trainer.devices=2", "--trainer.accumulate_grad_batches=3", *flag]
     args = worlds.bias_args(tiny_prior_folder, data, tmp_path / "run", *more)
@@ -509,7 +509,7 @@ def test_a_dry_run_reports_and_leaves(tiny_prior_folder, data, tmp_path, capsys,
 
 def test_a_dry_runs_sizes_are_those_of_a_run(two, tiny_prior_folder, data, capsys):
     run, _ = two
-    said = dry(train_bias.main, [*long_args(tiny_prior_folder, data, run), "--dry-run"], capsys)
+    said = dry(train_bias.main, [*long_args(tiny_prior_folder, data, run), "--dry_run"], capsys)
     size = sum(p.numel() for n, p in last(run)["state_dict"].items() if n.startswith("network."))
     assert f"{size:,} parameters" in said["network"]
     written = (run / "checkpoints" / "last.ckpt").stat().st_size
@@ -539,7 +539,7 @@ def test_a_dry_run_counts_the_evaluations(
         Corrector(3, [8, 8], prior=prior.identity).save_pretrained(tmp_path / "corrector")
         args += [f"--model.loss.init_args.corrector={tmp_path / 'corrector'}"]
         args += [f"--model.loss.init_args.fixed_noise={'fixed' in loss}"]
-    said = dry(train_translator.main, [*args, "--dry-run"], capsys)
+    said = dry(train_translator.main, [*args, "--dry_run"], capsys)
     counted, right = [], lmc.priors.DiffusersPrior.predict
 
     @functools.wraps(right)

@@ -62,7 +62,7 @@ def write_config(file: Path, prior: Path, world: str, **changes: Any) -> Path:
 
 
 def command(config: Path, out: Path, *more: str) -> list[str]:
-    return ["triplets", f"--config={config}", f"--out={out}", f"--times-per-image={TIMES}", *more]
+    return ["triplets", f"--config={config}", f"--out={out}", f"--times_per_image={TIMES}", *more]
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_z_is_rounded_before_the_prior_sees_it(tmp_path, channels, scale):
 
 def test_any_number_of_processes_writes_the_same_files(stored, config, tmp_path, monkeypatch):
     """By option and by torchrun's variables."""
-    main(command(config, tmp_path, "--rank=1", "--world-size=2"))
+    main(command(config, tmp_path, "--rank=1", "--world_size=2"))
     assert set(tars(tmp_path)) == {"train-00001.tar", "heldout-00001.tar"}
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -217,7 +217,7 @@ def test_any_number_of_processes_writes_the_same_files(stored, config, tmp_path,
 
 
 def test_the_batch_size_changes_the_last_bits_only(stored, config, tmp_path):
-    main(command(config, tmp_path, "--batch-size=5"))
+    main(command(config, tmp_path, "--batch_size=5"))
     one, other = (read(f"{folder}/*.tar") for folder in (stored, tmp_path))
     assert one.keys() == other.keys()
     for at in one:
@@ -233,7 +233,7 @@ def test_killed_processes_are_gone_on_with(tiny_prior_folder, tmp_path):
         write_shard(tmp_path / "data" / f"{'heldout' if i == 19 else 'train'}-{i:05d}.tar", samples)
     config = write_config(tmp_path / "c.yaml", tiny_prior_folder, str(tmp_path / "data"))
     out = tmp_path / "killed"
-    args = command(config, out, "--batch-size=1")
+    args = command(config, out, "--batch_size=1")
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "lmc.cli", *args],
@@ -257,7 +257,7 @@ def test_killed_processes_are_gone_on_with(tiny_prior_folder, tmp_path):
     main(args)
     # The last of each process may have lacked its counts, and was made again.
     assert sum(file.stat().st_mtime_ns == at for file, at in before.items()) >= len(before) - 2
-    main(command(config, tmp_path / "straight", "--batch-size=1"))
+    main(command(config, tmp_path / "straight", "--batch_size=1"))
     assert tars(out) == tars(tmp_path / "straight") and len(tars(out)) == 20
     assert not list(out.glob("*.partial"))
 
@@ -313,7 +313,7 @@ def test_other_options_are_refused(
     def changed(**changes: Any) -> Path:
         return write_config(tmp_path / "c.yaml", tiny_prior_folder, data, **changes)
 
-    assert "times_per_image 3 there, 5 now" in message(config, "--times-per-image=5")
+    assert "times_per_image 3 there, 5 now" in message(config, "--times_per_image=5")
     assert "seed 0 there, 7 now" in message(changed(seed_everything=7))
     model = json.loads(config.read_text())["model"]
     narrower = message(changed(model={**model, "time_range": [0.1, 0.9]}))
@@ -334,8 +334,8 @@ def test_what_makes_no_sense_is_named(stored, config, data, tiny_prior_folder, t
     def changed(**changes: Any) -> Path:
         return write_config(tmp_path / "c.yaml", tiny_prior_folder, data, **changes)
 
-    assert "at least 1" in message(config, "--times-per-image=0")
-    assert "rank must be in [0, 2)" in message(config, "--rank=2", "--world-size=2")
+    assert "at least 1" in message(config, "--times_per_image=0")
+    assert "rank must be in [0, 2)" in message(config, "--rank=2", "--world_size=2")
     assert "no.yaml" in message(tmp_path / "no.yaml")
     assert "no data.heldout" in message(changed(data={"train": "x", "image_size": 16}))
     assert "no model.prior" in message(changed(model=None))

@@ -266,7 +266,7 @@ def test_bad_numbers_are_named(tiny_prior_folder, data, tmp_path, untrained, opt
     wanted = f"model.validation.{option} must be at least 1, got 0"
     command = args(tiny_prior_folder, data, tmp_path / "run", None, *more)
     assert wanted in message(train_translator.main, command)
-    assert wanted in message(train_translator.main, [*command, "--dry-run"])
+    assert wanted in message(train_translator.main, [*command, "--dry_run"])
 
 
 def test_a_key_that_is_there_twice_ends_it_before_training(
@@ -589,7 +589,7 @@ def test_a_dry_run_says_what_is_looked_at(
 ):
     def said(run, command: list[str]) -> str:
         with pytest.raises(SystemExit):
-            run([*command, "--dry-run"])
+            run([*command, "--dry_run"])
         (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("validation")]
         return line
 

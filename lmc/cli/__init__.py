@@ -77,10 +77,12 @@ def run(args: Sequence[str]) -> None:
         if asked and asked[0] not in ("-h", "--help"):
             raise ValueError(unknown(asked[0], "command", [n.split()[-1] for n in several]))
         print(overview(several or list(COMMANDS)))
-        return
+        sys.exit(0 if asked else 2)
     command = load(name)
     parser = parser_of(name, command)
     words = args[len(name.split()) :]
+    if _positional(command) == "training" and words[:1] and words[0].startswith("--config"):
+        raise ValueError(f"the training's configuration goes without --config: lmc {name} FILE …")
     try:
         given = parser.parse_args(joined(words, types_of(command)))
     except argparse.ArgumentError as error:
@@ -200,7 +202,7 @@ def _is_list(kind: Any) -> bool:
 
 def _is_whole(value: str, kind: Any) -> bool:
     """Whether a value is the list itself, or something else that the option takes as it is."""
-    return value[:1] in "[{" or str in get_args(kind)
+    return value[:1] in "[{" or (get_origin(kind) is not list and str in get_args(kind))
 
 
 def explained(error: argparse.ArgumentError, command: Any) -> str:

@@ -270,7 +270,9 @@ def _run_all(
             except (ValueError, FloatingPointError, RuntimeError, TypeError) as error:
                 failed[name] = f"{type(error).__name__}: {message(error)}"
                 progress.say(f"{name} failed: {failed[name]}")
-                progress.update(progress.done, total=(progress.total or 0) - end + progress.done)
+                progress.update(
+                    progress.done, name, total=(progress.total or 0) - end + progress.done
+                )
     tried = {f"{spec.label} at {scale:g}" for spec, scale, _ in runs}
     others = {n: why for n, why in results.get("failed", {}).items() if n not in tried}
     results["failed"] = others | failed

@@ -147,7 +147,7 @@ def check_origin(
         raise ValueError(
             "the triplets were sampled from another prior.\n"
             f"  sampled from: {origin['prior']}\n  training for: {dict(identity)}\n"
-            "Sample them from this one: lmc triplets --config …"
+            "Sample them from this one: lmc triplets …"
         )
     if tuple(origin["time_range"]) != tuple(time_range):
         raise ValueError(

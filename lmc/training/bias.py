@@ -43,7 +43,7 @@ class CorrectorTraining(TrainingModule):
         optimizer: learning rate and decay.
         ema_decay: of the running average of the weights; 0 keeps none.
         time_range: t is uniform in it.
-        closed_form: a released closed-form corrector of the same prior (`lmc closed-form`), folder
+        closed_form: a released closed-form corrector of the same prior (`lmc closed_form`), folder
             or hub id, whose held-out L_k is logged beside; None is none.
         seed: of t and eps; follows seed_everything.
     """
@@ -197,12 +197,12 @@ def load_closed_form(pretrained: str, identity: Mapping[str, Any]) -> FilterCorr
         corrector.check_prior(identity)
     except OSError as error:
         raise OSError(
-            f"{option}: no release there: make one (lmc closed-form --out {pretrained})"
+            f"{option}: no release there: make one (lmc closed_form --out {pretrained})"
         ) from error
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
     if not isinstance(corrector, FilterCorrector):
-        raise ValueError(f"{option} is a trained corrector, no release of lmc closed-form")
+        raise ValueError(f"{option} is a trained corrector, no release of lmc closed_form")
     return corrector
 
 

@@ -73,7 +73,6 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument(
             "--dry_run",
-            "--dry-run",
             type=bool,
             nargs="?",
             const=True,
