@@ -17,7 +17,7 @@ from torch import Tensor
 from lmc.corrector import BiasCorrector
 from lmc.errors import OUT_OF_MEMORY
 from lmc.files import write_json, write_text
-from lmc.losses import ScoreDistillation, denoiser_evaluations
+from lmc.losses import ScoreDistillation
 from lmc.measure.tables import edits_table, markdown
 from lmc.one_image.job import (
     RECORD,
@@ -32,7 +32,7 @@ from lmc.one_image.job import (
 from lmc.optimize import Comparison, Pixels, Synthesis, check_task, embed, optimize
 from lmc.priors import Prior
 from lmc.shards.images import middle_square
-from lmc.specs import Spec, parse_specs
+from lmc.specs import Spec, denoiser_evaluations, parse_specs
 
 EDIT_KEYS = {"image", "source_prompt", "prompt"}
 
