@@ -173,7 +173,8 @@ def table_row(loss: type[ScoreDistillation]) -> list[str]:
         if (other := count(**{key: not own[key]})) != count():
             counts += f"; `{key}`: {other}"
     counts += f", {loss.evaluations_note}" if loss.evaluations_note else ""
-    return [f"`{loss.name}`, `{loss.__name__}`", ", ".join(needs), ", ".join(texts), counts]
+    name = f"`{loss.name}`, `{loss.__name__}`"
+    return [name, ", ".join(needs) or "–", ", ".join(texts) or "–", counts]
 
 
 def parse_specs(text: str | Sequence[str] | None) -> list[Spec]:
