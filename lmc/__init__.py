@@ -6,6 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Loaded on first use: `import lmc` must not wait for torch or diffusers.
+<<<<<<< HEAD
 _PUBLIC = {
     "Corrector": "lmc.corrector",
     "FilterCorrector": "lmc.filter",
@@ -16,7 +17,20 @@ _PUBLIC = {
     "Cond": "lmc.losses",
     "LMC": "lmc.losses",
     "DDS": "lmc.losses",
+=======
+_MODULES = {
+    "lmc.corrector": ["Corrector", "IdentityCorrector"],
+    "lmc.filter": ["FilterCorrector"],
+    "lmc.translator": ["Translator"],
+    "lmc.load": ["load_corrector", "load_translator"],
+    "lmc.priors": ["DiffusersPrior", "Prior"],
+    "lmc.losses": [
+        *("ScoreDistillation", "LossInputs", "surrogate"),
+        *("SDS", "Cond", "LMC", "DDS", "NFSD", "MSSDS", "PDS", "VSD", "SDI"),
+    ],
+>>>>>>> w-losses
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -1,14 +1,16 @@
 """Score distillation: one gradient per loss, from the prior's predictions.
 
-Each loss is a small class whose `terms` is the equation. They are called as
-`loss(prior, inputs) -> Gradient`; `surrogate` turns the gradient into something autograd follows.
-No gradient flows through the prior or the corrector.
+Each loss is a small class that says all there is to say of it: its name, needs, `evaluations`, the
+options of its own (`*args` and `**kwargs` are those of `ScoreDistillation`, which all have), and in
+`terms` the equation. They are called as `loss(prior, inputs) -> Gradient`; `surrogate` turns the
+gradient into something autograd follows. No gradient flows through the prior or the corrector.
 """
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -85,6 +87,8 @@ class ScoreDistillation(ABC):
     Attributes:
         name: of the loss, as tables and messages say it.
         needs_source: `LossInputs` must have z_source and source.
+        needs_prior: what `prepare` asks of the prior, in words; empty: nothing.
+        evaluations_note: of what `evaluations` says, such as 'at most'; empty: it is exact.
         time: how t is drawn unless the user says otherwise.
         needs_shared_time: one t for the whole batch (`TimeSchedule.shared`).
         learns: it has weights of its own, which `learn` trains.
@@ -97,6 +101,8 @@ class ScoreDistillation(ABC):
 
     name: ClassVar[str]
     needs_source: ClassVar[bool] = False
+    needs_prior: ClassVar[str] = ""
+    evaluations_note: ClassVar[str] = ""
     time: ClassVar[TimeSchedule] = UniformTime()
     needs_shared_time: ClassVar[bool] = False
     learns: ClassVar[bool] = False
@@ -140,6 +146,15 @@ class ScoreDistillation(ABC):
                 f"UniformTime with shared: true, not {type(time).__name__} as given"
             )
         return time
+
+    @staticmethod
+    def evaluations(*_: Any, **options: Any) -> int | None:
+        """Evaluations of the denoiser that an image and step take; None: the loss does not say.
+
+        A function of all the constructor's options by name (`specs.denoiser_evaluations` fills in
+        the defaults) and not of a loss that is built, since building may load a corrector.
+        """
+        return None
 
     @abstractmethod
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
@@ -191,6 +206,7 @@ class SDS(ScoreDistillation):
     """
 
     name = "sds"
+    evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale))
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         z_t = _noisy(prior, x.z, x)
@@ -208,6 +224,7 @@ class Cond(ScoreDistillation):
     """The guidance half of SDS alone: g = ω (eps_cond − eps_uncond) [LMC, Eq. 6b, Fig. 2]."""
 
     name = "cond"
+    evaluations = staticmethod(lambda **_: 2)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         z_t = _noisy(prior, x.z, x)
@@ -223,7 +240,6 @@ class LMC(ScoreDistillation):
 
     Args:
         corrector: a corrector, the folder or hub id of a released one, or 'identity' (b̂ = z).
-        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
         fixed_noise: the same eps over the whole optimisation in the guidance, a fresh one in
             b − z_hat: diverse results [LMC, Sec. 4]. Three evaluations in place of two.
         statistics: of Eq. 10, in place of the corrector's own.
@@ -235,19 +251,18 @@ class LMC(ScoreDistillation):
     """
 
     name = "lmc"
+    evaluations = staticmethod(lambda fixed_noise, **_: 3 if fixed_noise else 2)
 
     def __init__(
         self,
         corrector: str | BiasCorrector,
-        guidance_scale: float = 15.0,
-        weighting: Weighting = "one",
-        chain_alpha: bool = True,
-        rescale: bool = True,
+        *args: Any,
         fixed_noise: bool = False,
         statistics: Statistics | None = None,
         keep_ratio: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        super().__init__(*args, **kwargs)
         if statistics not in (None, *get_args(Statistics)):
             known = ", ".join(get_args(Statistics))
             raise ValueError(f"unknown statistics {statistics!r}; known are {known}")
@@ -297,6 +312,7 @@ class DDS(ScoreDistillation):
 
     name = "dds"
     needs_source = True
+    evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         target, source = _guided_pair(prior, x, self.guidance_scale)
@@ -316,7 +332,6 @@ class NFSD(ScoreDistillation):
     eps_uncond − eps(z_t, y_negative)
 
     Args:
-        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
         negative_prompt: y_negative; '' is the unconditional prompt, with which δ_D is 0.
 
     Raises:
@@ -324,16 +339,13 @@ class NFSD(ScoreDistillation):
     """
 
     name = "nfsd"
+    evaluations_note = "at most"
+    evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale) + 1)
 
     def __init__(
-        self,
-        guidance_scale: float = 15.0,
-        weighting: Weighting = "one",
-        chain_alpha: bool = True,
-        rescale: bool = True,
-        negative_prompt: str | None = NEGATIVE_PROMPT,
+        self, *args: Any, negative_prompt: str | None = NEGATIVE_PROMPT, **kwargs: Any
     ) -> None:
-        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        super().__init__(*args, **kwargs)
         if negative_prompt is None:
             raise ValueError("nfsd needs a negative_prompt; an empty one ('') is one too")
         self.negative_prompt = negative_prompt
@@ -367,7 +379,6 @@ class MSSDS(ScoreDistillation):
     SDS; SparseFusion's is another.
 
     Args:
-        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
         steps: K; costs 2 K evaluations, one after the other.
 
     Raises:
@@ -375,28 +386,19 @@ class MSSDS(ScoreDistillation):
     """
 
     name = "ms_sds"
+    evaluations = staticmethod(lambda guidance_scale, steps, **_: steps * _branches(guidance_scale))
 
-    def __init__(
-        self,
-        guidance_scale: float = 15.0,
-        weighting: Weighting = "one",
-        chain_alpha: bool = True,
-        rescale: bool = True,
-        steps: int = 5,
-    ) -> None:
-        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+    def __init__(self, *args: Any, steps: int = 5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.steps = steps
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        z_s = _noisy(prior, x.z, x)
-        for i in range(self.steps, 0, -1):
-            here, there = (_clean_at_zero(prior, x.t * (j / self.steps), z_s) for j in (i, i - 1))
-            eps = _guided(prior, z_s, x.t * (i / self.steps), x, self.guidance_scale)
-            z_s = ddim_step(z_s, eps, here, there)
+        shares = [i / self.steps for i in range(self.steps, -1, -1)]
+        sample = _ddim(prior, _noisy(prior, x.z, x), shares, x, self.guidance_scale)
         alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
-        return {"multi_step": alpha_t / sigma_t * (x.z - z_s)}
+        return {"multi_step": alpha_t / sigma_t * (x.z - sample)}
 
 
 class PDS(ScoreDistillation):
@@ -411,13 +413,12 @@ class PDS(ScoreDistillation):
     authors' code has s two steps below with the coefficients of one, which leaves such a term.)
     That weight is of the order of √beta: on a grid of 1,000 steps g is about a tenth of DDS's, so
     an L2 term beside it has ten times the say. alpha_t of the common weights is applied on top.
-
-    Args:
-        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
     """
 
     name = "pds"
     needs_source = True
+    needs_prior = "a variance-preserving (DDPM) prior"
+    evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))
 
     def prepare(self, prior: Prior, device: torch.device | str) -> None:
         """Refuse a flow prior.
@@ -427,8 +428,8 @@ class PDS(ScoreDistillation):
         """
         if isinstance(prior.schedule, FlowSchedule):
             raise ValueError(
-                "the loss 'pds' needs a variance-preserving (DDPM) prior: q(z_s | z_t, z_hat) is "
-                "not defined for a flow prior"
+                f"the loss 'pds' needs {self.needs_prior}: q(z_s | z_t, z_hat) is not defined for "
+                "a flow prior"
             )
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
@@ -469,24 +470,20 @@ class VSD(ScoreDistillation):
     diffusion loss ‖eps_LoRA(z_t, y, t) − eps‖² (`learn`).
 
     Args:
-        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
         lora_rank: see `LoraPrior.add_lora`.
         lora_lr: AdamW's learning rate of the LoRA.
     """
 
     name = "vsd"
+    needs_prior = "a prior with add_lora and predict_lora (`LoraPrior`)"
     learns = True
+    evaluations_note = "one of them trains the LoRA"
+    evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale) + 2)
 
     def __init__(
-        self,
-        guidance_scale: float = 15.0,
-        weighting: Weighting = "one",
-        chain_alpha: bool = True,
-        rescale: bool = True,
-        lora_rank: int = 4,
-        lora_lr: float = 1e-4,
+        self, *args: Any, lora_rank: int = 4, lora_lr: float = 1e-4, **kwargs: Any
     ) -> None:
-        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        super().__init__(*args, **kwargs)
         if lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
         self.lora_rank, self.lora_lr = lora_rank, lora_lr
@@ -498,10 +495,8 @@ class VSD(ScoreDistillation):
             ValueError: the prior cannot take one.
         """
         if not isinstance(prior, LoraPrior):
-            raise ValueError(
-                f"the loss 'vsd' needs a prior with add_lora and predict_lora (`LoraPrior`); "
-                f"{type(prior).__name__} has not"
-            )
+            kind = type(prior).__name__
+            raise ValueError(f"the loss 'vsd' needs {self.needs_prior}; {kind} has not")
         prior.to(device)
         self.lora = prior.add_lora(self.lora_rank)
         self.optimizer = torch.optim.AdamW(self.lora.values(), lr=self.lora_lr)
@@ -560,7 +555,6 @@ class SDI(ScoreDistillation):
     alpha_t is in g already, so `chain_alpha` is false by default.
 
     Args:
-        guidance_scale, weighting, chain_alpha, rescale: see `ScoreDistillation`.
         inversion_guidance_scale: ω of the inversion; None is −guidance_scale.
         inversion_steps: from t = 0 to 1; up to t it takes int(inversion_steps · t), at least one,
             of two evaluations each.
@@ -570,80 +564,49 @@ class SDI(ScoreDistillation):
     """
 
     name = "sdi"
+    evaluations_note = "about"
     needs_shared_time = True
     time = FallingTime(jitter=1 / 30)
 
     def __init__(
         self,
         guidance_scale: float = 7.5,
-        weighting: Weighting = "one",
+        *,
         chain_alpha: bool = False,
-        rescale: bool = True,
         inversion_guidance_scale: float | None = None,
         inversion_steps: int = 10,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(guidance_scale, weighting, chain_alpha, rescale)
+        super().__init__(guidance_scale, chain_alpha=chain_alpha, **kwargs)
         if inversion_steps < 1:
             raise ValueError(f"inversion_steps must be at least 1, got {inversion_steps}")
-        negative = -guidance_scale
-        self.inversion_guidance_scale = (
-            negative if inversion_guidance_scale is None else inversion_guidance_scale
-        )
+        if inversion_guidance_scale is None:
+            inversion_guidance_scale = -guidance_scale
+        self.inversion_guidance_scale = inversion_guidance_scale
         self.inversion_steps = inversion_steps
+
+    @staticmethod
+    def evaluations(
+        guidance_scale: float,
+        inversion_guidance_scale: float | None,
+        inversion_steps: int,
+        **_: Any,
+    ) -> int:
+        # The mean over t ~ U(0, 1) of max(1, int(n t)) is (n − 1) / 2 + 1 / n.
+        steps = (inversion_steps - 1) / 2 + 1 / inversion_steps
+        return round(steps * _branches(inversion_guidance_scale) + _branches(guidance_scale))
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         if not torch.equal(x.t, x.t[:1].expand_as(x.t)):
             raise ValueError(f"the loss 'sdi' needs one t for the whole batch, got {x.t.tolist()}")
         # The tolerance is for t = 0.7 in float32, which is a little less.
         steps = max(1, int(self.inversion_steps * x.t[0].item() + 1e-4))
-        z_s = x.z
-        for i in range(steps):
-            here, there = (_clean_at_zero(prior, x.t * (j / steps), z_s) for j in (i, i + 1))
-            eps = _guided(prior, z_s, x.t * (i / steps), x, self.inversion_guidance_scale)
-            z_s = ddim_step(z_s, eps, here, there)
+        shares = [i / steps for i in range(steps + 1)]
+        z_t = _ddim(prior, x.z, shares, x, self.inversion_guidance_scale)
         alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
-        kappa = (z_s - alpha_t * x.z) / sigma_t
-        eps = _guided(prior, z_s, x.t, x, self.guidance_scale)
+        kappa = (z_t - alpha_t * x.z) / sigma_t
+        (eps,) = _guided(prior, x.t, x.null, self.guidance_scale, (z_t, x.target))
         return {"inverted": sigma_t / alpha_t * (eps - kappa)}
-
-
-# The fewest denoiser evaluations of an image and step, at guidance scales other than 1.
-EVALUATIONS = {"sds": 2, "cond": 2, "lmc": 2, "dds": 4, "pds": 4, "nfsd": 3, "vsd": 4}
-ONE_BRANCH = ("sds", "dds", "pds", "ms_sds")  # at ω = 1 they need the conditional half only
-
-
-def denoiser_evaluations(
-    loss: type[ScoreDistillation], options: Mapping[str, Any]
-) -> tuple[int | None, str]:
-    """How many evaluations of the denoiser an image and step take.
-
-    Args:
-        loss: the class; it need not be built, which may load a corrector.
-        options: of its constructor, all of them, by name; `vars` of a loss that is built will do.
-
-    Returns:
-        The number, None where it is not known (a loss that is not of this file), and of what: the
-        loss's name, with a remark such as 'at most'.
-    """
-    name = loss.name
-    each, note = EVALUATIONS.get(name), ""
-    guided = options.get("guidance_scale") != 1
-    if name == "ms_sds" and "steps" in options:
-        each = 2 * options["steps"]
-    if name == "sdi" and "inversion_steps" in options:
-        # 2 int(n t) + 2 while t falls from 1 to 0, the last two 1 where it is not guided.
-        each, note = options["inversion_steps"] + (1 if guided else 0), ", about"
-    if name == "lmc" and options.get("fixed_noise"):
-        each = 3
-    if name == "nfsd":
-        note = ", at most"
-    if name == "vsd":
-        note = ", one of them trains the LoRA"
-    if each is None:
-        return None, name
-    if not guided:
-        each = each // 2 if name in ONE_BRANCH else each - (name in ("nfsd", "vsd"))
-    return each, name + note
 
 
 def surrogate(z: Tensor, gradient: Tensor) -> Tensor:
@@ -670,30 +633,38 @@ def _predict(
     return list(zip(eps.chunk(len(queries)), z_hat.chunk(len(queries)), strict=True))
 
 
-def _guided(prior: Prior, z_t: Tensor, t: Tensor, x: LossInputs, scale: float) -> Tensor:
-    """eps_guided(z_t, y_target): one call, of one evaluation at ω = 1."""
+def _branches(guidance_scale: float | None) -> int:
+    """Predictions in a guided one: at ω = 1 the conditional half alone."""
+    return 1 if guidance_scale == 1 else 2
+
+
+def _guided(
+    prior: Prior, t: Tensor, null: Embedding, scale: float, *queries: tuple[Tensor, Embedding]
+) -> list[Tensor]:
+    """eps_guided for each of several (z_t, embedding) at the same t: one batched call."""
     if scale == 1:
-        return prior.predict(z_t, t, x.target)[0]
-    (eps_uncond, _), (eps_cond, _) = _predict(prior, t, (z_t, x.null), (z_t, x.target))
-    return guide(eps_uncond, eps_cond, scale)
+        return [eps for eps, _ in _predict(prior, t, *queries)]
+    both = [(z_t, prompt) for z_t, embedding in queries for prompt in (null, embedding)]
+    eps = [eps for eps, _ in _predict(prior, t, *both)]
+    return [guide(u, c, scale) for u, c in zip(eps[::2], eps[1::2], strict=True)]
 
 
-def _guided_pair(prior: Prior, x: LossInputs, scale: float) -> tuple[Tensor, Tensor]:
+def _guided_pair(prior: Prior, x: LossInputs, scale: float) -> list[Tensor]:
     """eps_guided of the image with its prompt and of the source with its own, in one call."""
     assert x.z_source is not None and x.source is not None
-    z_t, z_src_t = _noisy(prior, x.z, x), _noisy(prior, x.z_source, x)
-    if scale == 1:
-        (eps, _), (eps_src, _) = _predict(prior, x.t, (z_t, x.target), (z_src_t, x.source))
-        return eps, eps_src
-    (eps_u, _), (eps_c, _), (src_u, _), (src_c, _) = _predict(
-        prior,
-        x.t,
-        (z_t, x.null),
-        (z_t, x.target),
-        (z_src_t, x.null),
-        (z_src_t, x.source),
-    )
-    return guide(eps_u, eps_c, scale), guide(src_u, src_c, scale)
+    queries = (_noisy(prior, x.z, x), x.target), (_noisy(prior, x.z_source, x), x.source)
+    return _guided(prior, x.t, x.null, scale, *queries)
+
+
+def _ddim(
+    prior: Prior, z_s: Tensor, shares: Sequence[float], x: LossInputs, scale: float
+) -> Tensor:
+    """Guided DDIM steps from `z_s` at the first share of x.t through all of them to the last."""
+    for here, there in pairwise(shares):
+        (eps,) = _guided(prior, x.t * here, x.null, scale, (z_s, x.target))
+        ends = (_clean_at_zero(prior, x.t * share, z_s) for share in (here, there))
+        z_s = ddim_step(z_s, eps, *ends)
+    return z_s
 
 
 def _clean_at_zero(prior: Prior, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,15 @@
-"""Losses as the command line names them: `lmc,sds,sds:guidance_scale=100`."""
+"""Losses before they are built: as the command line names them, and what they say of themselves.
+
+`lmc,sds,sds:guidance_scale=100` are three.
+"""
 
 import csv
 import hashlib
 import importlib
 import inspect
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +90,94 @@ class Spec:
             raise ValueError(f"the loss {self.label!r}: {error}") from error
 
 
+<<<<<<< HEAD
+=======
+def build(kind: Any, config: Any) -> Any:
+    """The object that `class_path` and `init_args` describe, a `kind`.
+
+    Raises:
+        ValueError: they describe none.
+    """
+    parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--it", type=kind, required=True)
+    try:
+        parsed = parser.parse_object({"it": config})
+    except argparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return instantiate(parser, parsed).it
+
+
+def instantiate(parser: Any, parsed: Any) -> Any:
+    """What `parser` has parsed, its classes built."""
+    # Renamed in jsonargparse 4.49.
+    return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
+
+
+def defaults(loss: type[Any]) -> dict[str, Any]:
+    """The options of a class of a loss with their defaults, None where one must be given.
+
+    As a command line has them: those its bases have too, where it hands **kwargs on.
+    """
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(loss, "it", fail_untyped=False)
+    return dict(parser.get_defaults().get("it") or {})
+
+
+def denoiser_evaluations(
+    loss: type[ScoreDistillation], options: Mapping[str, Any]
+) -> tuple[int | None, str]:
+    """How many evaluations of the denoiser an image and step take.
+
+    Args:
+        loss: the class; it need not be built, which may load a corrector.
+        options: of its constructor, by name, in place of the defaults; `vars` of a loss that is
+            built will do.
+
+    Returns:
+        The number, None where it is not known, and of what: the loss's name, with a remark such as
+        'at most'. A loss that writes `terms` anew must say its `evaluations` anew.
+    """
+    says = next(kind for kind in loss.__mro__ if {"terms", "evaluations"} & vars(kind).keys())
+    if "evaluations" not in vars(says):
+        return None, loss.name
+    its = {key: options.get(key, default) for key, default in defaults(loss).items()}
+    each = loss.evaluations(**its)
+    note = f", {loss.evaluations_note}" if each is not None and loss.evaluations_note else ""
+    return each, loss.name + note
+
+
+def table_row(loss: type[ScoreDistillation]) -> list[str]:
+    """What a loss says of itself, as cells of the table in docs/losses.md.
+
+    Returns:
+        Name and class; what it needs; the options that are its own or have a default of its own;
+        the evaluations, in brackets at guidance scale 1.
+    """
+    ours, its = defaults(ScoreDistillation), defaults(loss)
+    said = inspect.signature(loss).parameters
+    required = [key for key in its if key in said and said[key].default is inspect.Parameter.empty]
+    needs = [
+        *(f"`{key}`" for key in required),
+        *(["source image and prompt"] if loss.needs_source else []),
+        *(["one t for the whole batch"] if loss.needs_shared_time else []),
+        *([loss.needs_prior] if loss.needs_prior else []),
+    ]
+    own = {k: v for k, v in its.items() if k not in required and (k not in ours or ours[k] != v)}
+    texts = [f"`{k}: {v if isinstance(v, str) else json.dumps(v)}`" for k, v in own.items()]
+
+    def count(**options: Any) -> str:
+        return str(denoiser_evaluations(loss, options)[0] or "not said")
+
+    counts = count() + (f" ({one})" if (one := count(guidance_scale=1)) != count() else "")
+    for key in (key for key, value in own.items() if isinstance(value, bool)):
+        if (other := count(**{key: not own[key]})) != count():
+            counts += f"; `{key}`: {other}"
+    counts += f", {loss.evaluations_note}" if loss.evaluations_note else ""
+    name = f"`{loss.name}`, `{loss.__name__}`"
+    return [name, ", ".join(needs) or "–", ", ".join(texts) or "–", counts]
+
+
+>>>>>>> w-losses
 def parse_specs(text: str | Sequence[str] | None) -> list[Spec]:
     """Losses separated by commas, each `name[:key=value]*`; one with a comma in quotes.
 
@@ -122,7 +214,7 @@ def parse_spec(label: str) -> Spec:
     """
     name, *parts = re.split(r":(?=[\w.]+=)", label)  # a value may have colons
     loss = LOSSES.get(name) or _import(name)
-    known = list(inspect.signature(loss).parameters)
+    known = list(defaults(loss))
     options: dict[str, str] = {}
     time: dict[str, str] = {}
     for part in parts:

@@ -506,6 +506,13 @@ def test_a_list_is_of_every_loss_by_default(edits, tmp_path):
     assert all("5" in scales for scales in found["means"].values())
 
 
+def test_a_list_takes_a_loss_from_outside(edits, tmp_path):
+    label = "outside_loss.Repeated:copies=2"
+    main([*edits, f"--losses={label}", "--guidance_scales=5"])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["means"][label].keys() == {"5"} and not found["failed"]
+
+
 def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
     (tmp_path / "text.yaml").write_text("only text")
     for args in (["--config=none.yaml"], [f"--config={tmp_path}/text.yaml"], ["--config"]):

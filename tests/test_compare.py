@@ -284,6 +284,16 @@ def cells(markdown: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+def test_a_loss_from_outside_is_compared(world, trained, tmp_path):
+    label = "outside_loss.Repeated:copies=3"
+    more = ("--seeds", "0", "--", "--trainer.max_steps=1", "--save_every=1")
+    main(args(world, tmp_path / "out", f"{label},outside_loss.Silent", *more, config="SDS"))
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["losses"]
+    counts = [row["evaluations_per_image"] for seeds in rows.values() for row in seeds.values()]
+    assert list(rows) == [label, "outside_loss.Silent"] and counts == [3, None]
+    assert cells((tmp_path / "out" / "table.md").read_text(), label)
+
+
 def test_a_comparison(world, trained, tmp_path, capsys):
     """Two losses and one that fails with one seed; then again; then with another loss."""
     out, obstacle = tmp_path / "out", tmp_path / "obstacle"

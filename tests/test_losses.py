@@ -1,6 +1,5 @@
 """Gradients of every loss against closed forms over gaussian images, written out in numpy."""
 
-import inspect
 import itertools
 
 import numpy as np
@@ -21,10 +20,10 @@ from lmc.losses import (
     Cond,
     LossInputs,
     ScoreDistillation,
-    denoiser_evaluations,
     surrogate,
 )
 from lmc.schedule import FallingTime, FlowSchedule, UniformTime
+from lmc.specs import LOSSES, defaults, denoiser_evaluations
 from lmc.training.dry_run import per_image
 from lmc.translator import Translator
 
@@ -670,12 +669,7 @@ def test_vsd_refuses_the_state_of_another_lora(prior, state):
 @pytest.mark.parametrize(("name", "omega"), EVALUATIONS)
 def test_a_dry_run_says_the_same_counts(prior, name, omega):
     loss = CLASSES[name.removesuffix("_fixed")]
-    options = {
-        key: parameter.default
-        for key, parameter in inspect.signature(loss).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    options |= {"guidance_scale": omega} | ({"fixed_noise": True} if "fixed" in name else {})
+    options = {"guidance_scale": omega} | ({"fixed_noise": True} if "fixed" in name else {})
     config = {"class_path": f"lmc.losses.{loss.__name__}", "init_args": options}
     said, of_what = per_image({"loss": config, "classes": ["dog"]})
     built = vars(make(name, prior, guidance_scale=omega))
@@ -688,6 +682,48 @@ def test_a_dry_run_says_the_same_counts(prior, name, omega):
     if name == "vsd":  # and one to train the LoRA
         wanted += 1
     assert said == wanted
+
+
+def variants() -> list[tuple[str, dict[str, object]]]:
+    """Every loss at either kind of guidance, and with each of its own options another."""
+    common, found = defaults(ScoreDistillation), []
+    for name, loss in LOSSES.items():
+        its = {key: value for key, value in defaults(loss).items() if key not in common}
+        needed: dict[str, object] = {"corrector": "identity"} if "corrector" in its else {}
+        others: list[dict[str, object]] = [{}]
+        others += [{key: not value} for key, value in its.items() if isinstance(value, bool)]
+        others += [{key: n} for key, value in its.items() if type(value) is int for n in (1, 7)]
+        others += [{key: 1.0} for key in its if "guidance_scale" in key]
+        found += [
+            (name, {**needed, **other, "guidance_scale": omega})
+            for other in others
+            for omega in (1, 15)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("name", "options"), variants())
+def test_a_loss_says_the_evaluations_that_it_takes(prior, name, options):
+    """Counted over the range of t, those of `learn` too; a new loss is counted by itself."""
+    loss = LOSSES[name](**options)
+    loss.prepare(prior, "cpu")
+    x, times = inputs(prior), (np.arange(40) + 0.5) / 40
+    counted = []
+    for t in times:
+        prior.evaluations = 0
+        at_t = LossInputs(**{**vars(x), "t": torch.full_like(x.t, t)})
+        loss(prior, at_t)
+        if loss.learns:
+            loss.learn(prior, at_t)
+        counted.append(prior.evaluations / len(x.t))
+    said, of_what = denoiser_evaluations(LOSSES[name], options)
+    assert of_what.startswith(name)
+    if loss.evaluations_note == "at most":
+        assert said == max(counted)
+    elif loss.evaluations_note == "about":
+        assert abs(said - np.mean(counted)) <= 0.5
+    else:
+        assert {said} == set(counted)
 
 
 def test_the_module_has_no_loss_that_these_tests_do_not_know():

@@ -1,6 +1,5 @@
 """Both training scripts, run for real on a tiny world: resume, EMA, errors, checkpoints."""
 
-import inspect
 import os
 import signal
 import subprocess
@@ -19,7 +18,12 @@ import train_translator
 from lmc import losses
 from lmc.load import load_averaged
 from lmc.priors import DiffusersPrior
+<<<<<<< HEAD
 from lmc.specs import LOSSES
+=======
+from lmc.release import release
+from lmc.specs import LOSSES, defaults
+>>>>>>> w-losses
 from lmc.training.base import NonFiniteGradient, StepDecay
 from lmc.training.callbacks import AtomicCheckpointIO
 from lmc.training.cli import ConfigReader, TrainingCLI
@@ -389,9 +393,9 @@ def test_another_loss_keeps_its_own_defaults():
         file = ROOT / "configs" / "translator" / f"{which}.yaml"
         said = yaml.safe_load(file.read_text())["model"]["loss"]["init_args"]
         for name, loss in LOSSES.items():
-            known = inspect.signature(loss).parameters
+            known = defaults(loss)
             for option in (said.keys() & known.keys()) - {"guidance_scale", "corrector"}:
-                assert known[option].default == said[option], (which, name, option)
+                assert known[option] == said[option], (which, name, option)
     args = [f"--config={ROOT}/configs/translator/paper.yaml", "--model.loss=SDI"]
     sdi = ConfigReader(TranslatorTraining).read(args)["model"]["loss"]["init_args"]
     assert sdi["chain_alpha"] is False and sdi["guidance_scale"] == 15

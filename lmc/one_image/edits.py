@@ -17,8 +17,13 @@ from lmc.configs import parse_numbers
 from lmc.corrector import BiasCorrector
 from lmc.errors import message
 from lmc.files import write_json, write_text
+<<<<<<< HEAD
 from lmc.losses import ScoreDistillation, denoiser_evaluations
 from lmc.one_image.edits_results import Measure, go_on, means, picture, write_results
+=======
+from lmc.losses import ScoreDistillation
+from lmc.measure.tables import edits_table, markdown
+>>>>>>> w-losses
 from lmc.one_image.job import (
     RECORD,
     RESULTS,
@@ -30,7 +35,7 @@ from lmc.optimize import Comparison, Pixels, Synthesis, check_task, embed, optim
 from lmc.priors import Prior
 from lmc.progress import Progress
 from lmc.shards.images import middle_square
-from lmc.specs import Spec, parse_specs
+from lmc.specs import Spec, denoiser_evaluations, parse_specs
 
 Watch = Callable[[int], None]
 EDIT_KEYS = {"image", "source_prompt", "prompt"}

@@ -4,11 +4,11 @@ No weights are loaded and nothing is written into the run folder. Where a prior 
 its small JSON files are fetched as far as they are not in the cache, like by any other run.
 """
 
-import importlib
 import inspect
 import json
 import math
 import os
+import pkgutil
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,8 +20,8 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from lightning.pytorch.cli import instantiate_class
 from safetensors import safe_open
 
-from lmc.losses import denoiser_evaluations
 from lmc.shards.stream import expand_shards
+from lmc.specs import denoiser_evaluations
 from lmc.training.base import TrainingModule
 from lmc.training.validation import Validation
 
@@ -211,8 +211,7 @@ def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
     """The denoiser evaluations of an image and step, and of what."""
     if "loss" not in model:
         return 1, "a triplet"
-    module, _, name = model["loss"]["class_path"].rpartition(".")
-    loss = getattr(importlib.import_module(module), name)
+    loss = pkgutil.resolve_name(model["loss"]["class_path"])
     each, what = denoiser_evaluations(loss, _options(model["loss"]))
     if each is not None and model.get("every_class"):
         classes = len(model["classes"])
