@@ -836,6 +836,77 @@ def test_a_corrector_is_measured_with_its_own_prior_only():
     corrector = IdentityCorrector(3, [8, 8], prior={"digest": "another"})
     with pytest.raises(ValueError, match="another"):
         evaluate_corrector(corrector, Halving(), half_batches())
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    with pytest.raises(ValueError, match=r"time_range must be an interval.*\[0\.5, 0\.5\]"):
+        evaluate_corrector(corrector, Halving(), half_batches(), time_range=(0.5, 0.5))
+
+
+class Seeing(Halving):
+    """Halving that keeps what it was asked: t and z_t by the value of a source's first pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[float, tuple[float, torch.Tensor]] = {}
+
+    def predict(self, z_t, t, embedding):
+        for i, z in enumerate(self.z):
+            self.asked[z[0, 0, 0].item()] = (t[i].item(), z_t[i])
+        return super().predict(z_t, t, embedding)
+
+
+def test_a_corrector_is_measured_at_times_in_the_range_that_it_was_trained_in():
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    for low, high in ((0.02, 0.98), (0.4, 0.45)):
+        seen = Seeing()
+        evaluate_corrector(corrector, seen, half_batches(), time_range=(low, high))
+        times = [t for t, _ in seen.asked.values()]
+        assert len(set(times)) == 11 and low <= min(times) and max(times) <= high
+        assert max(times) - min(times) > 0.5 * (high - low)
+
+
+def test_a_heldout_image_has_its_noise_whatever_the_batch():
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    asked = []
+    for size in (1, 4, 11):
+        seen = Seeing()
+        evaluate_corrector(corrector, seen, reversed(half_batches(size=size)))
+        asked.append(seen.asked)
+    for other in asked[1:]:
+        assert other.keys() == asked[0].keys() and len(other) == 11
+        for pixel, (t, z_t) in other.items():
+            assert t == asked[0][pixel][0]
+            torch.testing.assert_close(z_t, asked[0][pixel][1])
+
+
+def _corrector_rank(rank: int, port: int, file: Path) -> None:
+    torch.set_num_threads(1)
+    where = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    errors = evaluate_corrector(corrector, Halving(), half_batches()[rank::2])
+    write_json(file, errors)
+
+
+def test_two_processes_measure_a_corrector_as_one_does(tmp_path):
+    """Of eight and of three images."""
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    files = [tmp_path / f"{i}.json" for i in range(2)]
+    processes = [
+        context.Process(target=_corrector_rank, args=(i, port, file))
+        for i, file in enumerate(files)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    wanted = evaluate_corrector(corrector, Halving(), half_batches())
+    for file in files:
+        assert json.loads(file.read_text()) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_errors_of_uneven_batches_are_those_of_one():

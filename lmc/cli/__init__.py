@@ -163,7 +163,7 @@ def closed_form(args: argparse.Namespace) -> None:
         prior.to(args.device)
         heldout = ImageStream(data["heldout"], data["image_size"], args.batch_size, training=False)
         results = evaluate_corrector(
-            corrector.to(args.device), prior, heldout, args.seed, args.device
+            corrector.to(args.device), prior, heldout, time_range=time_range, device=args.device
         )
     how = f"estimated from {wanted * args.batch_size} triplets in {seconds:.0f} s"
     write_release(corrector.cpu(), args.out, how, results)
