@@ -235,6 +235,30 @@ def test_statistics_are_of_the_outputs(tools):
         spectrum = torch.tensor(row["spectra"][name])
         assert cell["value"] == pytest.approx(spectrum_error(spectrum, expected).item(), abs=1e-4)
         assert cell["low"] < cell["value"] < cell["high"]
+        # By numpy: the error's two sides, from the spectra that the result holds.
+        decades = np.log10(spectrum.double().numpy() / expected.double().numpy())
+        for side, sign in (("spectrum_lost", -1), ("spectrum_gained", 1)):
+            about = row["summary"][side]
+            each = about if where == "value" else about["by_class"][where]
+            wanted = np.maximum(sign * decades, 0).mean()
+            assert each["value"] == pytest.approx(wanted, abs=1e-4), side
+            assert each["low"] <= each["value"] <= each["high"]
+
+
+def test_what_was_lost_and_gained_makes_the_error(tools):
+    """In every cell, of every row; half as bright is lost alone."""
+    result = measure(tools, None, scaled(), Known(lambda x, i: x / 2))
+    for row in result["rows"].values():
+        every = row["summary"]
+        for name in (None, *PROMPTS):
+            error, lost, gained = (
+                (every[key] if name is None else every[key]["by_class"][name])["value"]
+                for key in ("spectrum_error", "spectrum_lost", "spectrum_gained")
+            )
+            assert lost + gained == pytest.approx(error, abs=1e-9)
+    half = rows(result)["b"]
+    assert half["spectrum_lost"] == pytest.approx(math.log10(4), abs=0.02)
+    assert half["spectrum_gained"] < 1e-3
 
 
 def test_intervals_are_those_of_resampled_images(tools):
@@ -277,7 +301,7 @@ def test_rows_are_compared_image_by_image(tools):
         about = result["differences"][name]
         assert about["against"] == "a"
         for measure_, cell in about["summary"].items():
-            if measure_ != "spectrum_error":
+            if not measure_.startswith("spectrum_"):
                 delta = by_hand[name][measure_] - by_hand["a"][measure_]
                 assert cell["value"] == pytest.approx(delta.mean(), abs=2e-4), measure_
                 assert cell["low"] <= cell["value"] + 1e-9 and cell["value"] - 1e-9 <= cell["high"]
@@ -545,7 +569,7 @@ def test_results_over_the_same_images_stand_side_by_side(tools):
     assert list(both["rows"]) == ["source", "a", "other"]
     together = measure(tools, None, scaled(), steps(9, 20))["differences"]["b"]["summary"]
     apart = both["differences"]["other"]["summary"]
-    assert set(together) - set(apart) == {"spectrum_error"}
+    assert set(together) - set(apart) == {"spectrum_error", "spectrum_lost", "spectrum_gained"}
     for name, cell in apart.items():
         for key in ("value", "low", "high"):
             assert cell[key] == pytest.approx(together[name][key], abs=1e-4), name
@@ -620,6 +644,25 @@ def test_the_table_says_what_it_is_of(tools):
     assert "| minus a |" in text and "| R-Precision | dog | bear |" in text
     delta = result["differences"]["b"]["summary"]["rmse"]["value"]
     assert f"| b | {delta:+.3f} [" in text
+
+
+def test_a_result_from_before_a_measure_has_a_dash_for_it(tools):
+    """It is read and put beside a new one; what it was measured by then is as it was."""
+    new, old = measure(tools, None, scaled()), measure(tools, None, steps(9, 20))
+    old["rows"]["old"] = old["rows"].pop("a")
+    for row in old["rows"].values():
+        for name in ("spectrum_lost", "spectrum_gained"):
+            del row["summary"][name]
+    both = combine({"new.json": new, "old.json": old}, "a")
+    lines = [line.strip("|").split("|") for line in evaluation_text(both).splitlines()]
+    heads = [head.strip() for head in lines[0]]
+    cells = {line[0].strip(): [x.strip() for x in line] for line in lines[2:5]}
+    for head in ("spectrum lost", "spectrum gained"):
+        place = heads.index(head)
+        assert cells["old"][place] == "–" and "[" in cells["a"][place]
+    assert "[" in cells["old"][heads.index("spectrum error")]
+    assert "spectrum_lost" not in numbers(both["rows"]["old"])
+    assert "–" not in evaluation_text(old), "alone it has no such columns"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ TRANSLATOR_CURVES = {
     "heldout/lpips": "LPIPS to the source, held out",
     "heldout/rmse": "RMSE to the source, held out",
     "heldout/spectrum_error": "spectrum error, held out",
+    "heldout/spectrum_lost": "spectrum lost, held out",
+    "heldout/spectrum_gained": "spectrum gained, held out",
 }
 CORRECTOR_CURVES = {
     "train/loss": "corrector, training",
