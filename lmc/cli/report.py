@@ -25,7 +25,8 @@ def write(
     """Write the page and say so; the arguments are the command's."""
     result, seeds = _result(results, against)
     # After it: these take seconds, and a misspelt file is named before.
-    from lmc.measure.report import draw, is_run, read_run, write_report
+    from lmc.measure.report import draw, write_report
+    from lmc.measure.runs import is_run, read_run
 
     rows = [name for name in result["rows"] if name != "source"]
     paths = {name: result["rows"][name].get("path") for name in rows}
