@@ -6,18 +6,6 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Loaded on first use: `import lmc` must not wait for torch or diffusers.
-<<<<<<< HEAD
-_PUBLIC = {
-    "Corrector": "lmc.corrector",
-    "FilterCorrector": "lmc.filter",
-    "Translator": "lmc.translator",
-    "DiffusersPrior": "lmc.priors",
-    "Prior": "lmc.priors",
-    "SDS": "lmc.losses",
-    "Cond": "lmc.losses",
-    "LMC": "lmc.losses",
-    "DDS": "lmc.losses",
-=======
 _MODULES = {
     "lmc.corrector": ["Corrector", "IdentityCorrector"],
     "lmc.filter": ["FilterCorrector"],
@@ -28,7 +16,6 @@ _MODULES = {
         *("ScoreDistillation", "LossInputs", "surrogate"),
         *("SDS", "Cond", "LMC", "DDS", "NFSD", "MSSDS", "PDS", "VSD", "SDI"),
     ],
->>>>>>> w-losses
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *_PUBLIC]

@@ -9,7 +9,7 @@ from typing import Any
 from lmc.configs import build, read_stage_one
 from lmc.corrector import Statistics
 from lmc.filter import estimate_filter
-from lmc.measure.correctors import evaluate_corrector
+from lmc.measure.correctors import HELDOUT, evaluate_corrector
 from lmc.priors import Prior
 from lmc.progress import Progress
 from lmc.release import check_out, stated, write_release
@@ -87,8 +87,11 @@ def closed_form(
     results = {}
     if images_heldout:
         prior.to(device)
-        heldout = ImageStream(config.heldout, size, batch_size, training=False)
-        results = evaluate_corrector(corrector.to(device), prior, heldout, seed, device)
+        # As many as train_bias.py looks at.
+        heldout = ImageStream(config.heldout, size, batch_size, training=False, limit=HELDOUT)
+        results = evaluate_corrector(
+            corrector.to(device), prior, heldout, time_range=config.time_range, device=device
+        )
     how = f"estimated from {wanted * batch_size} triplets in {seconds:.0f} s"
     write_release(corrector.cpu(), out, how, terms, results)
     print(f"{how}; released to {out}")

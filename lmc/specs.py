@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jsonargparse
+
 from lmc import losses
 from lmc.configs import build
 from lmc.losses import ScoreDistillation
@@ -90,29 +92,6 @@ class Spec:
             raise ValueError(f"the loss {self.label!r}: {error}") from error
 
 
-<<<<<<< HEAD
-=======
-def build(kind: Any, config: Any) -> Any:
-    """The object that `class_path` and `init_args` describe, a `kind`.
-
-    Raises:
-        ValueError: they describe none.
-    """
-    parser: Any = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--it", type=kind, required=True)
-    try:
-        parsed = parser.parse_object({"it": config})
-    except argparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    return instantiate(parser, parsed).it
-
-
-def instantiate(parser: Any, parsed: Any) -> Any:
-    """What `parser` has parsed, its classes built."""
-    # Renamed in jsonargparse 4.49.
-    return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
-
-
 def defaults(loss: type[Any]) -> dict[str, Any]:
     """The options of a class of a loss with their defaults, None where one must be given.
 
@@ -177,7 +156,6 @@ def table_row(loss: type[ScoreDistillation]) -> list[str]:
     return [name, ", ".join(needs) or "–", ", ".join(texts) or "–", counts]
 
 
->>>>>>> w-losses
 def parse_specs(text: str | Sequence[str] | None) -> list[Spec]:
     """Losses separated by commas, each `name[:key=value]*`; one with a comma in quotes.
 

@@ -32,7 +32,7 @@ OPTIONS = {
     "--prior_license",
     "closed_form": "TRAINING --config --out --triplets --bins --batch_size --seed --each_channel "
     "--statistics --device",
-    "triplets": "TRAINING --config --out --times_per_image --batch_size --device --rank --world_size",
+    "triplets": "TRAINING --config --out --times_per_image --batch_size --rank --world_size",
     "compare": "TRAINING --config --losses --seeds --out --clip --jobs --device --overrides",
 }
 

@@ -349,9 +349,9 @@ def test_a_comparison(world, trained, tmp_path, capsys):
         ):
             values = np.array([row[key] for row in rows[label].values()])
             assert cell == f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
-        assert cells(markdown, label)[4] == "2"
+        assert cells(markdown, label)[6] == "2"
     row = cells(markdown, f"{failing} (1 of 2 seeds)")
-    assert row[0] == f"{rows[failing]['0']['distance']:.3f}" and row[4] == "–"
+    assert row[0] == f"{rows[failing]['0']['distance']:.3f}" and row[6] == "–"
     assert f"{failing} seed 1 failed, see {rows[failing]['1']['log']}" in markdown
     assert cells(markdown, "source")[0] == f"{0:.3f}"
     # A block of a source row, and one of two classes for each loss.
@@ -595,7 +595,7 @@ def test_seed_and_folder_by_default(world, trained, tmp_path, monkeypatch):
     assert trained == ["sds seed 3"]
     assert (tmp_path / "runs" / "compare" / "SDS" / "sds" / "seed3" / "config.yaml").exists()
     markdown = (tmp_path / "runs" / "compare" / "SDS" / "table.md").read_text()
-    assert "±" not in markdown and len(cells(markdown, "sds")) == 6
+    assert "±" not in markdown and len(cells(markdown, "sds")) == 8
 
 
 def test_a_folder_of_something_else_is_left_alone(world, trained, tmp_path):
@@ -625,7 +625,8 @@ def test_a_crash_does_not_end_the_others(world, tmp_path, monkeypatch):
 
 def test_table_over_seeds():
     def row(value: float, **more: float) -> dict:
-        keys = ("distance", "clip_score", "r_precision", "spectrum_error")
+        keys = ("distance", "clip_score", "r_precision")
+        keys += ("spectrum_error", "spectrum_lost", "spectrum_gained")
         return {**dict.fromkeys(keys, value), "distance_name": "rmse", **more}
 
     rows = {
@@ -640,8 +641,8 @@ def test_table_over_seeds():
         "| number | same |"
     )
     assert len({line.count("|") for line in lines}) == 1
-    assert cells("\n".join(lines), "one") == ["0.250"] * 4 + ["–", "–"]
-    assert cells("\n".join(lines), "two") == ["0.200 ± 0.141"] * 4 + ["4 ± 1", "2"]
+    assert cells("\n".join(lines), "one") == ["0.250"] * 6 + ["–", "–"]
+    assert cells("\n".join(lines), "two") == ["0.200 ± 0.141"] * 6 + ["4 ± 1", "2"]
     assert cells("\n".join(lines), "none")[0] == "failed"
 
 

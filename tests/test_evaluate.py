@@ -235,6 +235,30 @@ def test_statistics_are_of_the_outputs(tools):
         spectrum = torch.tensor(row["spectra"][name])
         assert cell["value"] == pytest.approx(spectrum_error(spectrum, expected).item(), abs=1e-4)
         assert cell["low"] < cell["value"] < cell["high"]
+        # By numpy: the error's two sides, from the spectra that the result holds.
+        decades = np.log10(spectrum.double().numpy() / expected.double().numpy())
+        for side, sign in (("spectrum_lost", -1), ("spectrum_gained", 1)):
+            about = row["summary"][side]
+            each = about if where == "value" else about["by_class"][where]
+            wanted = np.maximum(sign * decades, 0).mean()
+            assert each["value"] == pytest.approx(wanted, abs=1e-4), side
+            assert each["low"] <= each["value"] <= each["high"]
+
+
+def test_what_was_lost_and_gained_makes_the_error(tools):
+    """In every cell, of every row; half as bright is lost alone."""
+    result = measure(tools, None, scaled(), Known(lambda x, i: x / 2))
+    for row in result["rows"].values():
+        every = row["summary"]
+        for name in (None, *PROMPTS):
+            error, lost, gained = (
+                (every[key] if name is None else every[key]["by_class"][name])["value"]
+                for key in ("spectrum_error", "spectrum_lost", "spectrum_gained")
+            )
+            assert lost + gained == pytest.approx(error, abs=1e-9)
+    half = rows(result)["b"]
+    assert half["spectrum_lost"] == pytest.approx(math.log10(4), abs=0.02)
+    assert half["spectrum_gained"] < 1e-3
 
 
 def test_intervals_are_those_of_resampled_images(tools):
@@ -277,7 +301,7 @@ def test_rows_are_compared_image_by_image(tools):
         about = result["differences"][name]
         assert about["against"] == "a"
         for measure_, cell in about["summary"].items():
-            if measure_ != "spectrum_error":
+            if not measure_.startswith("spectrum_"):
                 delta = by_hand[name][measure_] - by_hand["a"][measure_]
                 assert cell["value"] == pytest.approx(delta.mean(), abs=2e-4), measure_
                 assert cell["low"] <= cell["value"] + 1e-9 and cell["value"] - 1e-9 <= cell["high"]
@@ -545,7 +569,7 @@ def test_results_over_the_same_images_stand_side_by_side(tools):
     assert list(both["rows"]) == ["source", "a", "other"]
     together = measure(tools, None, scaled(), steps(9, 20))["differences"]["b"]["summary"]
     apart = both["differences"]["other"]["summary"]
-    assert set(together) - set(apart) == {"spectrum_error"}
+    assert set(together) - set(apart) == {"spectrum_error", "spectrum_lost", "spectrum_gained"}
     for name, cell in apart.items():
         for key in ("value", "low", "high"):
             assert cell[key] == pytest.approx(together[name][key], abs=1e-4), name
@@ -620,6 +644,25 @@ def test_the_table_says_what_it_is_of(tools):
     assert "| minus a |" in text and "| R-Precision | dog | bear |" in text
     delta = result["differences"]["b"]["summary"]["rmse"]["value"]
     assert f"| b | {delta:+.3f} [" in text
+
+
+def test_a_result_from_before_a_measure_has_a_dash_for_it(tools):
+    """It is read and put beside a new one; what it was measured by then is as it was."""
+    new, old = measure(tools, None, scaled()), measure(tools, None, steps(9, 20))
+    old["rows"]["old"] = old["rows"].pop("a")
+    for row in old["rows"].values():
+        for name in ("spectrum_lost", "spectrum_gained"):
+            del row["summary"][name]
+    both = combine({"new.json": new, "old.json": old}, "a")
+    lines = [line.strip("|").split("|") for line in evaluation_text(both).splitlines()]
+    heads = [head.strip() for head in lines[0]]
+    cells = {line[0].strip(): [x.strip() for x in line] for line in lines[2:5]}
+    for head in ("spectrum lost", "spectrum gained"):
+        place = heads.index(head)
+        assert cells["old"][place] == "–" and "[" in cells["a"][place]
+    assert "[" in cells["old"][heads.index("spectrum error")]
+    assert "spectrum_lost" not in numbers(both["rows"]["old"])
+    assert "–" not in evaluation_text(old), "alone it has no such columns"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -836,6 +879,77 @@ def test_a_corrector_is_measured_with_its_own_prior_only():
     corrector = IdentityCorrector(3, [8, 8], prior={"digest": "another"})
     with pytest.raises(ValueError, match="another"):
         evaluate_corrector(corrector, Halving(), half_batches())
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    with pytest.raises(ValueError, match=r"time_range must be an interval.*\[0\.5, 0\.5\]"):
+        evaluate_corrector(corrector, Halving(), half_batches(), time_range=(0.5, 0.5))
+
+
+class Seeing(Halving):
+    """Halving that keeps what it was asked: t and z_t by the value of a source's first pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[float, tuple[float, torch.Tensor]] = {}
+
+    def predict(self, z_t, t, embedding):
+        for i, z in enumerate(self.z):
+            self.asked[z[0, 0, 0].item()] = (t[i].item(), z_t[i])
+        return super().predict(z_t, t, embedding)
+
+
+def test_a_corrector_is_measured_at_times_in_the_range_that_it_was_trained_in():
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    for low, high in ((0.02, 0.98), (0.4, 0.45)):
+        seen = Seeing()
+        evaluate_corrector(corrector, seen, half_batches(), time_range=(low, high))
+        times = [t for t, _ in seen.asked.values()]
+        assert len(set(times)) == 11 and low <= min(times) and max(times) <= high
+        assert max(times) - min(times) > 0.5 * (high - low)
+
+
+def test_a_heldout_image_has_its_noise_whatever_the_batch():
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    asked = []
+    for size in (1, 4, 11):
+        seen = Seeing()
+        evaluate_corrector(corrector, seen, reversed(half_batches(size=size)))
+        asked.append(seen.asked)
+    for other in asked[1:]:
+        assert other.keys() == asked[0].keys() and len(other) == 11
+        for pixel, (t, z_t) in other.items():
+            assert t == asked[0][pixel][0]
+            torch.testing.assert_close(z_t, asked[0][pixel][1])
+
+
+def _corrector_rank(rank: int, port: int, file: Path) -> None:
+    torch.set_num_threads(1)
+    where = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    errors = evaluate_corrector(corrector, Halving(), half_batches()[rank::2])
+    write_json(file, errors)
+
+
+def test_two_processes_measure_a_corrector_as_one_does(tmp_path):
+    """Of eight and of three images."""
+    corrector = IdentityCorrector(3, [8, 8], prior={"digest": "halving"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    files = [tmp_path / f"{i}.json" for i in range(2)]
+    processes = [
+        context.Process(target=_corrector_rank, args=(i, port, file))
+        for i, file in enumerate(files)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    wanted = evaluate_corrector(corrector, Halving(), half_batches())
+    for file in files:
+        assert json.loads(file.read_text()) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_errors_of_uneven_batches_are_those_of_one():

@@ -40,6 +40,8 @@ from lmc.measure.metrics import (
     rmse,
     saturation,
     spectrum_error,
+    spectrum_gained,
+    spectrum_lost,
     winners,
 )
 from lmc.shards.images import from_uint8, to_uint8
@@ -136,6 +138,34 @@ def test_spectrum_error_is_in_decades():
         assert spectrum_error(factor * spectrum, spectrum).item() == pytest.approx(2, rel=1e-5)
     half = torch.where(torch.arange(16) < 8, 10.0, 0.1)  # ups and downs must not cancel
     assert spectrum_error(half * spectrum, spectrum).item() == pytest.approx(1, rel=1e-5)
+
+
+def test_what_a_spectrum_lost_and_gained_is_told_apart():
+    """A quarter of the frequencies ten times weaker, a half a hundred times stronger."""
+    source = power_spectrum(random(2, 3, 32, 32))
+    ring = torch.arange(16)
+    factor = torch.where(ring < 4, 0.1, torch.where(ring < 12, 100.0, 1.0))
+    for scale, lost, gained in ((factor, 1 / 4, 1.0), (1 / factor, 1.0, 1 / 4)):
+        spectrum = scale * source
+        torch.testing.assert_close(spectrum_lost(spectrum, source), torch.full((2,), lost))
+        torch.testing.assert_close(spectrum_gained(spectrum, source), torch.full((2,), gained))
+        both = spectrum_lost(spectrum, source) + spectrum_gained(spectrum, source)
+        torch.testing.assert_close(both, spectrum_error(spectrum, source))
+    assert spectrum_lost(source, source).eq(0).all()
+    assert spectrum_gained(source, source).eq(0).all()
+
+
+def test_a_blur_loses_and_noise_gains():
+    sharp = random(4, 3, 32, 32)
+    source = power_spectrum(sharp).mean(0)
+    blurred = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="circular"), 3, 1)
+    noisy = sharp + random(4, 3, 32, 32, seed=1)
+    for image, more, less in (
+        (blurred, spectrum_lost, spectrum_gained),
+        (noisy, spectrum_gained, spectrum_lost),
+    ):
+        spectrum = power_spectrum(image).mean(0)
+        assert more(spectrum, source) > 0.2 and less(spectrum, source) < 1e-3
 
 
 def test_rmse_is_per_image():

@@ -23,8 +23,10 @@ from torch.utils.tensorboard import SummaryWriter
 from lmc.cli import main
 from lmc.files import write_json
 from lmc.measure.comparison import read_comparison
-from lmc.measure.report import _endings, _thinned, read_run
+from lmc.measure.plots import thinned
+from lmc.measure.report import _endings
 from lmc.measure.results import combine, numbers
+from lmc.measure.runs import read_run
 from lmc.shards.images import ImageStream, to_uint8, write_shard
 from lmc.translator import Translator
 
@@ -226,9 +228,9 @@ def test_curves_are_read_and_thinned(runs):
     assert run.translator and not read_run(runs / "corrector").translator
     steps, values = run.curves["train/loss"]
     assert len(steps) == 500 and values[-1] == pytest.approx(99.8)
-    thin = _thinned(steps, values)
+    thin = thinned(steps, values)
     assert len(thin[0]) == 125 and thin[0][0] == 3 and thin[1][0] == pytest.approx(0.3)
-    assert _thinned([1], [2.0]) == ([1], [2.0])
+    assert thinned([1], [2.0]) == ([1], [2.0])
 
 
 def test_prompts_lose_the_words_they_share():

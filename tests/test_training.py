@@ -18,12 +18,7 @@ import train_translator
 from lmc import losses
 from lmc.load import load_averaged
 from lmc.priors import DiffusersPrior
-<<<<<<< HEAD
-from lmc.specs import LOSSES
-=======
-from lmc.release import release
 from lmc.specs import LOSSES, defaults
->>>>>>> w-losses
 from lmc.training.base import NonFiniteGradient, StepDecay
 from lmc.training.callbacks import AtomicCheckpointIO
 from lmc.training.cli import ConfigReader, TrainingCLI

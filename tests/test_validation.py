@@ -1,5 +1,6 @@
 """What a run says of itself: held-out measures, pictures, the best checkpoint, about.json."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -21,14 +22,16 @@ from lmc.cli import main
 from lmc.corrector import Corrector, corrector_loss, normalise
 from lmc.filter import FilterCorrector
 from lmc.load import load_averaged
-from lmc.measure.correctors import CorrectorErrors
+from lmc.measure.correctors import CorrectorErrors, evaluate_corrector
 from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
 from lmc.measure.metrics import Clip, MissingWeights, rmse
 from lmc.priors import DiffusersPrior
 from lmc.release import Terms, write_release
 from lmc.shards.images import ImageStream
+from lmc.shards.store import TripletSet, draw_for, write_triplets
+from lmc.shards.triplets import TripletStream, draw_for_key, draw_t_and_eps, sample_triplets
 from lmc.training import about
-from lmc.training.bias import CorrectorTraining, key_generator
+from lmc.training.bias import CorrectorTraining
 from lmc.training.cli import TrainingCLI
 from lmc.training.validation import LOGGED, Heldout, Validation, load_tools
 
@@ -391,6 +394,25 @@ def test_the_best_is_released(tiny_prior_folder, data, clip, tmp_path, monkeypat
 # ---------------------------------------------------------------------------------------------
 # Stage one
 
+RANGE = (0.1, 0.7)  # of t, in the run below
+
+
+def drawn_by_hand(key: str, time_range: tuple[float, float], name: str = "0/0"):
+    """t and eps of a held-out image of 16 x 16: of a hash of its key."""
+    digest = hashlib.sha256(f"{name}/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return draw_t_and_eps(torch.empty(1, 3, 16, 16), generator, time_range)
+
+
+@pytest.mark.parametrize(("seed", "repetition"), [(0, 0), (3, 1)])
+def test_what_is_drawn_for_a_key_is_of_nothing_else(seed, repetition):
+    """To the bit: the triplets that somebody has stored are of these t and eps."""
+    t, eps = drawn_by_hand("a/b 1", RANGE, f"{seed}/{repetition}")
+    mine = draw_for_key("a/b 1", (3, 16, 16), RANGE, seed, repetition)
+    stored = draw_for("a/b 1", (3, 16, 16), TripletSet((), 16, 2, RANGE, seed))
+    assert torch.equal(mine[0], t) and torch.equal(mine[1], eps)
+    assert torch.equal(stored[0][[repetition]], t) and torch.equal(stored[1][[repetition]], eps)
+
 
 @pytest.fixture(scope="module")
 def closed_form(tiny_prior_folder, tmp_path_factory) -> Path:
@@ -410,6 +432,7 @@ def stage_one(tiny_prior_folder, data, closed_form, tmp_path_factory):
     """A run of two processes with a closed form beside: its folder and what each measured."""
     folder = tmp_path_factory.mktemp("stage_one")
     more = [f"--model.closed_form={closed_form}", "--data.batch_size=5"]
+    more += [f"--model.time_range={list(RANGE)}"]
     return folder / "run", ranks.run(
         folder, worlds.bias_args(tiny_prior_folder, data, folder / "run", *more)
     )
@@ -424,12 +447,12 @@ def test_errors_by_t_are_those_of_a_direct_computation(
     prior.to("cpu")
     model = CorrectorTraining(prior, widths=(8, 8))
     model.load_state_dict(last(run)["state_dict"])
-    model.null = prior.embed([""])
+    null = prior.embed([""])
     beside = FilterCorrector.from_pretrained(closed_form)
     errors: dict[int, list[dict[str, float]]] = {}
     with torch.no_grad():
         for batch in ImageStream(f"{data}/heldout-*.tar", 16, 1, training=False):
-            x = model.triplets(batch, key_generator(batch.key[0], torch.device("cpu")))
+            x = sample_triplets(prior, batch.image, *drawn_by_hand(batch.key[0], RANGE), null)
             each = {
                 "loss": model.averaged.correct(x.z, x.t, x.z_hat),
                 "identity_loss": x.z,
@@ -452,6 +475,86 @@ def test_errors_by_t_are_those_of_a_direct_computation(
         for name in losses:
             means = sum(metrics[f"heldout/{name}/t{i / 5:.1f}"] * len(errors[i]) for i in errors)
             assert means / 24 == pytest.approx(metrics[f"heldout/{name}"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (3, 1), (50, 1), (3, 2)])
+def test_evaluate_corrector_says_what_is_logged(
+    stage_one, tiny_prior_folder, data, closed_form, batch_size, processes
+):
+    """Of the same weights, images and times, whatever the batches and processes of either."""
+    run, (measured, _) = stage_one
+    prior = DiffusersPrior(str(tiny_prior_folder))
+    prior.to("cpu")
+    network, _ = load_averaged(run)
+    for name, corrector in (
+        ("loss", network),
+        ("closed_form_loss", FilterCorrector.from_pretrained(closed_form)),
+    ):
+        each = []
+        for rank in range(processes):
+            where = {"rank": rank, "world_size": processes}
+            stream = ImageStream(f"{data}/heldout-*.tar", 16, batch_size, training=False, **where)
+            each.append(evaluate_corrector(corrector, prior, stream, time_range=RANGE))
+        # 24 images: the processes have equally many.
+        for mine, logged in {
+            "loss": name,
+            "identity_loss": "identity_loss",
+            "normalised_identity_loss": "normalised_identity_loss",
+        }.items():
+            wanted = measured["metrics"][f"heldout/{logged}"].item()
+            assert np.mean([x[mine] for x in each]) == pytest.approx(wanted, rel=1e-5), mine
+
+
+def test_the_first_heldout_images_only_are_measured(tiny_prior_folder, data, tmp_path):
+    """From images and from stored triplets, where an image counts with all its times."""
+    prior = DiffusersPrior(str(tiny_prior_folder))
+    what = TripletSet((f"{data}/heldout-*.tar",), 16, times_per_image=3)
+    write_triplets(prior, what, tmp_path / "stored", say=lambda line: None)
+    wanted = {}
+    for name, stream in (
+        ("images", ImageStream(f"{data}/heldout-*.tar", 16, 7, training=False)),
+        ("stored", TripletStream(f"{tmp_path}/stored/heldout-*.tar", 21, training=False)),
+    ):
+        model = CorrectorTraining(prior, widths=(8, 8))
+        model.null = prior.embed([""])
+        x = model.triplets(next(iter(stream)))
+        wanted[name] = corrector_loss(x.z, x.z_hat).mean().item()
+    run = worlds.bias_args(tiny_prior_folder, data, tmp_path / "a", "--model.heldout_images=7")
+    run += ["--trainer.max_steps=1", "--trainer.val_check_interval=1"]
+    for name, more in (
+        ("images", []),
+        ("stored", [f"--data.heldout={tmp_path}/stored/heldout-*.tar", f"--run={tmp_path}/b"]),
+    ):
+        metrics = train_bias.main([*run, *more]).trainer.callback_metrics
+        assert metrics["heldout/identity_loss"].item() == pytest.approx(wanted[name], rel=1e-5)
+    assert wanted["images"] != pytest.approx(wanted["stored"], rel=1e-2)
+
+
+@pytest.mark.parametrize(("processes", "limit"), [(1, 7), (2, 7), (2, 100), (2, None)])
+def test_the_first_images_of_triplets_are_the_same_for_any_number_of_processes(
+    tiny_prior_folder, data, tmp_path, processes, limit
+):
+    prior = DiffusersPrior(str(tiny_prior_folder))
+    what = TripletSet((f"{data}/heldout-*.tar",), 16, times_per_image=2)
+    write_triplets(prior, what, tmp_path, say=lambda line: None)
+
+    def keys(rank: int, count: int, limit: int | None) -> list[str]:
+        where = {"rank": rank, "world_size": count, "limit": limit}
+        stream = TripletStream(f"{tmp_path}/heldout-*.tar", 4, training=False, **where)
+        return [key for batch in stream for key in batch.key]
+
+    read = [keys(rank, processes, limit) for rank in range(processes)]
+    every = keys(0, 1, None)
+    assert sorted(sum(read, [])) == sorted(every[: None if limit is None else 2 * limit])
+    assert len(set(sum(read, []))) == min(limit or 24, 24)
+
+
+def test_a_thousand_heldout_images_by_default(tiny_prior_folder):
+    prior = DiffusersPrior(str(tiny_prior_folder))
+    assert CorrectorTraining(prior, (8, 8)).heldout_images == 1000
+    assert CorrectorTraining(prior, (8, 8), heldout_images=None).heldout_images is None
+    with pytest.raises(ValueError, match=r"model\.heldout_images must be at least 1.*got 0"):
+        CorrectorTraining(prior, (8, 8), heldout_images=0)
 
 
 def test_errors_have_bins_only_where_they_are_asked_for():
@@ -597,7 +700,9 @@ def test_a_dry_run_says_what_is_looked_at(
     assert f"every 2 steps and at the end, 7 held-out images to 2 classes; CLIP {clip}" in two
     assert "no CLIP" in said(train_translator.main, args(tiny_prior_folder, data, tmp_path, None))
     one = worlds.bias_args(tiny_prior_folder, data, tmp_path)
-    assert said(train_bias.main, one).endswith("all held-out images")
+    assert said(train_bias.main, one).endswith("the first 1,000 held-out images")
+    every = [*one, "--model.heldout_images=null"]
+    assert said(train_bias.main, every).endswith("all held-out images")
     one += [f"--model.closed_form={closed_form}"]
     assert f"beside {closed_form}: here, of the prior {tiny_prior_folder}" in said(
         train_bias.main, one

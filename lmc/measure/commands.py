@@ -293,7 +293,8 @@ def report(
             raise FileNotFoundError(f"no such file or folder: {each}")
     result, seeds = _result(results, against)
     # After it: these take seconds, and a misspelt file is named before.
-    from lmc.measure.report import draw, is_run, read_run, write_report
+    from lmc.measure.report import draw, write_report
+    from lmc.measure.runs import is_run, read_run
 
     rows = [name for name in result["rows"] if name != "source"]
     paths = {name: result["rows"][name].get("path") for name in rows}

@@ -7,17 +7,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lmc.corrector import BiasCorrector, corrector_loss, normalise
-from lmc.measure.metrics import clip_score as clip_score
-from lmc.measure.metrics import derivative_histogram as derivative_histogram
-from lmc.measure.metrics import r_precision as r_precision
-from lmc.measure.metrics import spectrum_error as spectrum_error
 from lmc.priors import Prior
-from lmc.schedule import TIME_RANGE, time_bin
+from lmc.schedule import TIME_RANGE, check_time_range, time_bin
 from lmc.shards.images import ImageBatch
-from lmc.shards.triplets import triplets_of
+from lmc.shards.triplets import heldout_triplets
 
-# ---------------------------------------------------------------------------------------------
-# The corrector
+HELDOUT = 1000  # images that a corrector is measured on, unless told otherwise
 
 
 class CorrectorErrors(Metric):
@@ -76,23 +71,32 @@ def evaluate_corrector(
     corrector: BiasCorrector,
     prior: Prior,
     batches: Iterable[ImageBatch],
-    seed: int = 0,
+    *,
+    time_range: tuple[float, float] = TIME_RANGE,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """L_k over held-out images, one t an image, beside that of the identity.
+    """L_k over held-out images, beside that of the identity, as stage one logs it.
+
+    One t and eps an image, which follow from its key: see `heldout_triplets`. Under
+    torch.distributed over the batches of all processes.
 
     Args:
         corrector: made for `prior`, on `device`.
         prior: loaded, on `device`.
         batches: held-out images of any size.
-        seed: of t and eps.
+        time_range: of t, as the corrector was trained with.
         device: where to compute.
 
     Raises:
-        ValueError: the corrector is another prior's.
+        ValueError: the corrector is another prior's, or the time range no interval in [0, 1].
     """
     corrector.check_prior(prior.identity)
+    check_time_range(time_range)
     errors = CorrectorErrors().to(device)
-    for x in triplets_of(batches, prior, seed, TIME_RANGE, device):
+    null = prior.embed([""]).to(device)
+    for batch in batches:
+        if not batch.key:  # only broken samples were left for the last batch
+            continue
+        x = heldout_triplets(prior, batch.image.to(device), batch.key, null, time_range)
         errors.update(x.z, x.z_hat, corrector.correct(x.z, x.t, x.z_hat))
     return {name: value.item() for name, value in errors.compute().items()}

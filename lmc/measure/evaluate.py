@@ -19,6 +19,7 @@ from lmc.measure.metrics import (
     Clip,
     Distance,
     MissingWeights,
+    clip_score,
     clip_score_100,
     cosines,
     derivative_counts,
@@ -30,10 +31,6 @@ from lmc.measure.metrics import (
     saturation,
     winners,
 )
-from lmc.measure.metrics import clip_score as clip_score
-from lmc.measure.metrics import derivative_histogram as derivative_histogram
-from lmc.measure.metrics import r_precision as r_precision
-from lmc.measure.metrics import spectrum_error as spectrum_error
 from lmc.measure.results import Measured, check_keys, merge, pixel_digest, result
 from lmc.shards.images import SUFFIXES, ImageBatch, decode_image, from_uint8, to_uint8
 from lmc.translator import Translator

@@ -72,8 +72,32 @@ def power_spectrum(image: Tensor) -> Tensor:
 
 
 def spectrum_error(spectrum: Tensor, source: Tensor) -> Tensor:
-    """Mean over frequencies of |log10(spectrum / source)|; (…, F) each to (…). 0 is equal."""
-    return (spectrum.clamp_min(1e-20).log10() - source.clamp_min(1e-20).log10()).abs().mean(-1)
+    """Mean over frequencies of |log10(spectrum / source)|; (…, F) each to (…). 0 is equal.
+
+    The sum of `spectrum_lost` and `spectrum_gained`.
+    """
+    return _decades(spectrum, source).abs().mean(-1)
+
+
+def spectrum_lost(spectrum: Tensor, source: Tensor) -> Tensor:
+    """The part of `spectrum_error` at frequencies with less power than the source: detail lost.
+
+    Mean over all frequencies of max(0, −log10(spectrum / source)).
+    """
+    return (-_decades(spectrum, source)).clamp_min(0).mean(-1)
+
+
+def spectrum_gained(spectrum: Tensor, source: Tensor) -> Tensor:
+    """The part of `spectrum_error` at frequencies with more power than the source: noise, texture.
+
+    Mean over all frequencies of max(0, log10(spectrum / source)).
+    """
+    return _decades(spectrum, source).clamp_min(0).mean(-1)
+
+
+def _decades(spectrum: Tensor, source: Tensor) -> Tensor:
+    """log10(spectrum / source)."""
+    return spectrum.clamp_min(1e-20).log10() - source.clamp_min(1e-20).log10()
 
 
 def derivative_counts(image: Tensor, bins: int = BINS) -> Tensor:

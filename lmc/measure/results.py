@@ -6,7 +6,7 @@ A result is the dict that `lmc evaluate --out` writes; docs/evaluation.md has ev
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,19 @@ from lmc.measure.metrics import (
     kid_subset_size,
     resampling,
     spectrum_error,
+    spectrum_gained,
+    spectrum_lost,
 )
 
 FORMAT, VERSION = "lmc evaluation", 1
 DISTANCES = ("lpips", "rmse", "one_minus_ssim")
 LIBRARIES = ("torch", "torchvision", "transformers", "lpips", "torchmetrics", "torch-fidelity")
+# Functions of the average spectra of outputs and sources: without a value per image.
+SPECTRAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "spectrum_error": spectrum_error,
+    "spectrum_lost": spectrum_lost,
+    "spectrum_gained": spectrum_gained,
+}
 COMPARABLE = ("classes", "prompts", "candidates", "clip", "distance")  # settings that must agree
 
 
@@ -132,7 +140,7 @@ def statistics(measured: Measured, weights: Array) -> dict[str, Array]:
     found = {name: averages(values, weights) for name, values in measured.values.items()}
     spectra = torch.from_numpy(averages(measured.spectra, weights))
     source = torch.from_numpy(weights @ measured.source_spectra)[:, None]
-    return {**found, "spectrum_error": spectrum_error(spectra, source).numpy()}
+    return found | {name: of(spectra, source).numpy() for name, of in SPECTRAL.items()}
 
 
 def overall(measured: Measured) -> dict[str, float]:
@@ -382,7 +390,7 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
     """Several results over the same images as one, with differences between all their rows.
 
     The differences between rows of different results are of the measures with a value per image:
-    spectrum_error is not among them.
+    those of the spectrum are not among them.
 
     Args:
         results: by name, for messages; what is not of the rows is taken from the first.

@@ -10,6 +10,8 @@ COLUMNS = {
     "clip_score": ("CLIP score", ".3f"),
     "r_precision": ("R-Precision", ".3f"),
     "spectrum_error": ("spectrum error", ".3f"),
+    "spectrum_lost": ("spectrum lost", ".3f"),
+    "spectrum_gained": ("spectrum gained", ".3f"),
 }
 
 
@@ -59,6 +61,8 @@ MEASURES = {
     "kid": ("KID", ".4f"),
     "fid": ("FID", ".2f"),
     "spectrum_error": ("spectrum error", ".3f"),
+    "spectrum_lost": ("spectrum lost", ".3f"),
+    "spectrum_gained": ("spectrum gained", ".3f"),
     "saturation": ("saturation", ".4f"),
 }
 

@@ -17,13 +17,8 @@ from lmc.configs import parse_numbers
 from lmc.corrector import BiasCorrector
 from lmc.errors import message
 from lmc.files import write_json, write_text
-<<<<<<< HEAD
-from lmc.losses import ScoreDistillation, denoiser_evaluations
-from lmc.one_image.edits_results import Measure, go_on, means, picture, write_results
-=======
 from lmc.losses import ScoreDistillation
-from lmc.measure.tables import edits_table, markdown
->>>>>>> w-losses
+from lmc.one_image.edits_results import Measure, go_on, means, picture, write_results
 from lmc.one_image.job import (
     RECORD,
     RESULTS,

@@ -1,7 +1,6 @@
 """The triplets of a prior sampled once and for all, into shards."""
 
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from lmc.progress import Progress
 from lmc.schedule import TIME_RANGE, check_time_range
 from lmc.shards.images import ImageBatch, ImageStream, from_uint8, resize, to_uint8
 from lmc.shards.stream import check_shard, expand_shards, write_members
-from lmc.shards.triplets import RECORD, draw_t_and_eps, sample_triplets, triplet_origin
+from lmc.shards.triplets import RECORD, draw_for_key, sample_triplets, triplet_origin
 
 # ---------------------------------------------------------------------------------------------
 # Writing
@@ -140,14 +139,10 @@ def summary(out: Path) -> dict[str, Any]:
 def draw_for(key: str, shape: Sequence[int], what: TripletSet) -> tuple[Tensor, Tensor]:
     """The times (times_per_image,) and noises (times_per_image, *shape) of the image `key`.
 
-    Each follows from (seed, key, repetition) alone; always drawn on the CPU.
+    See `lmc.shards.triplets.draw_for_key`.
     """
-    drawn = []
-    for repetition in range(what.times_per_image):
-        name = f"{what.seed}/{repetition}/{key}".encode()
-        seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
-        generator = torch.Generator().manual_seed(seed)
-        drawn.append(draw_t_and_eps(torch.empty(1, *shape), generator, what.time_range))
+    repetitions = range(what.times_per_image)
+    drawn = (draw_for_key(key, shape, what.time_range, what.seed, i) for i in repetitions)
     t, eps = zip(*drawn, strict=True)
     return torch.cat(t), torch.cat(eps)
 

@@ -84,7 +84,8 @@ class ShardStream(IterableDataset):
         seed: of the order.
         shuffle: samples in the shuffle buffer.
         rank, world_size: of this process.
-        limit: of a single pass, how many samples of the shards it is over; None is all.
+        limit: of a single pass, how many samples of the shards it is over, the first ones; None is
+            all.
 
     Raises:
         FileNotFoundError, ValueError: see `expand_shards`.
@@ -154,8 +155,8 @@ class ShardStream(IterableDataset):
             worker = (worker + self.batches_read) % workers
             return self._batches(self._endless(worker))
         part, parts = self.rank * workers + worker, self.world_size * workers
-        every = itertools.islice(self.samples(self.urls), self.limit)
-        samples = (s for i, s in enumerate(every) if i % parts == part)
+        every = enumerate(self.samples(self.urls, self.limit))
+        samples = (sample for i, sample in every if i % parts == part)
         return self._batches((sample, (worker, 0, 0)) for sample in samples)
 
     def _endless(self, worker: int) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
@@ -203,12 +204,16 @@ class ShardStream(IterableDataset):
         if good or skipped:
             yield batch()
 
-    def samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Raw samples of some shards, in order."""
-        for url in urls:
-            if len(self.urls) > CHECKED_FIRST:
-                check_shard(url)
-            yield from wds.DataPipeline(wds.SimpleShardList([url]), wds.tarfile_to_samples())
+    def samples(self, urls: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Raw samples of some shards, in order; the first `limit` of them, or all."""
+
+        def every() -> Iterator[dict[str, Any]]:
+            for url in urls:
+                if len(self.urls) > CHECKED_FIRST:
+                    check_shard(url)
+                yield from wds.DataPipeline(wds.SimpleShardList([url]), wds.tarfile_to_samples())
+
+        return itertools.islice(every(), limit)
 
 
 class BrokenSample(ValueError):

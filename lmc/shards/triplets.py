@@ -11,6 +11,7 @@ They are sampled while training, or once and for all into shards (`write_triplet
 z is rounded to what is stored before the prior sees it: z_hat belongs to the stored z.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,6 +69,27 @@ def draw_t_and_eps(
     return t.to(z.device), eps.to(z.device)
 
 
+def draw_for_key(
+    key: str,
+    shape: Sequence[int],
+    time_range: tuple[float, float] = TIME_RANGE,
+    seed: int = 0,
+    repetition: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """t (1,) and eps (1, *shape) of the image `key`, as `draw_t_and_eps`, float32.
+
+    They follow from (seed, repetition, key) alone, and from t's range; always drawn on the CPU.
+    """
+    digest = hashlib.sha256(f"{seed}/{repetition}/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return draw_t_and_eps(torch.empty(1, *shape), generator, time_range)
+
+
+def encoded(prior: Prior, image: Tensor) -> Tensor:
+    """Images (B, 3, H, W) of any size in the prior's space, float32 (B, C, H', W')."""
+    return prior.encode(resize(image, prior.image_size)).float()
+
+
 @torch.no_grad()
 def sample_triplets(prior: Prior, z: Tensor, t: Tensor, eps: Tensor, null: Embedding) -> Triplets:
     """One triplet an image: a single denoiser evaluation each, without a prompt.
@@ -82,6 +104,32 @@ def sample_triplets(prior: Prior, z: Tensor, t: Tensor, eps: Tensor, null: Embed
     z_t = add_noise(z, eps, *prior.schedule.coefficients(t, z.dtype))
     _, z_hat = prior.predict(z_t, t, null)
     return Triplets(z, z_hat, t)
+
+
+@torch.no_grad()
+def heldout_triplets(
+    prior: Prior,
+    image: Tensor,
+    keys: Sequence[str],
+    null: Embedding,
+    time_range: tuple[float, float] = TIME_RANGE,
+) -> Triplets:
+    """The triplets that held-out L_k is measured on, one an image, see `draw_for_key`.
+
+    They are the same whatever the batches, processes and devices, and the first of those that
+    `lmc triplets` stores of these images with its default seed.
+
+    Args:
+        prior: loaded.
+        image: (B, 3, H, W) in [-1, 1], on the prior's device; resized to its resolution.
+        keys: of the images.
+        null: the unconditional embedding, one row.
+        time_range: t is uniform in it.
+    """
+    z = encoded(prior, image)
+    drawn = (draw_for_key(key, z.shape[1:], time_range) for key in keys)
+    t, eps = (torch.cat(each).to(z.device) for each in zip(*drawn, strict=True))
+    return sample_triplets(prior, z, t, eps, null.expand(len(z)))
 
 
 def triplets_of(
@@ -106,7 +154,7 @@ def triplets_of(
         if not len(batch.image):  # only broken samples were left for the last batch of a pass
             continue
         with torch.no_grad():
-            z = prior.encode(resize(batch.image.to(device), prior.image_size))
+            z = encoded(prior, batch.image.to(device))
         t, eps = draw_t_and_eps(z, generator, time_range)
         yield sample_triplets(prior, z, t, eps, null.expand(len(z)))
 
@@ -160,9 +208,10 @@ class TripletStream(ShardStream):
     """Batches of triplets from shards of `write_triplets`, see `lmc.shards.stream.ShardStream`.
 
     A sample, for batch_size and shuffle, is one triplet: an image comes as often as it has times.
+    `limit` is of images, each at all its times.
 
     Args:
-        shards, batch_size, training, seed, shuffle, rank, world_size: see `ShardStream`.
+        shards, batch_size, training, seed, shuffle, rank, world_size, limit: see `ShardStream`.
 
     Raises:
         FileNotFoundError, ValueError: see `expand_shards`; the shards' folder is not finished;
@@ -180,8 +229,9 @@ class TripletStream(ShardStream):
         shuffle: int = 1000,
         rank: int = 0,
         world_size: int = 1,
+        limit: int | None = None,
     ) -> None:
-        super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size)
+        super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size, limit)
         self.origin = triplet_origin(self.urls[:1])
         for folder in sorted({Path(url).parent for url in self.urls if Path(url).exists()}):
             if (folder / RECORD).exists():
@@ -193,9 +243,9 @@ class TripletStream(ShardStream):
                         "the same lmc triplets again goes on with them"
                     )
 
-    def samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def samples(self, urls: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Each raw sample once for every time, with its number as 'repetition'."""
-        for sample in super().samples(urls):
+        for sample in super().samples(urls, limit):
             try:
                 times = len(_about(sample)["t"])
             except BrokenSample:

@@ -1,6 +1,5 @@
 """Stage one: train the corrector b̂_ψ on triplets of a prior [LMC, Sec. 4]."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,17 +9,19 @@ from torch import Tensor
 from lmc.corrector import BiasCorrector, Corrector, Statistics, corrector_loss
 from lmc.filter import FilterCorrector
 from lmc.load import load_corrector
-from lmc.measure.correctors import CorrectorErrors
+from lmc.measure.correctors import HELDOUT, CorrectorErrors
 from lmc.measure.figures import drawn, labelled_grid, spectra_figure
 from lmc.measure.metrics import power_spectrum
 from lmc.priors import Prior
 from lmc.schedule import TIME_RANGE, check_time_range
-from lmc.shards.images import ImageBatch, resize
+from lmc.shards.images import ImageBatch
 from lmc.shards.triplets import (
     TripletBatch,
     Triplets,
     check_origin,
     draw_t_and_eps,
+    encoded,
+    heldout_triplets,
     sample_triplets,
 )
 from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, show
@@ -45,6 +46,8 @@ class CorrectorTraining(TrainingModule):
         time_range: t is uniform in it.
         closed_form: a released closed-form corrector of the same prior (`lmc closed_form`), folder
             or hub id, whose held-out L_k is logged beside; None is none.
+        heldout_images: how many held-out images are measured, the first in the shards' order (of
+            stored triplets each at all its times); None is all.
         seed: of t and eps; follows seed_everything.
     """
 
@@ -62,8 +65,13 @@ class CorrectorTraining(TrainingModule):
         ema_decay: float = 0.9999,
         time_range: tuple[float, float] = TIME_RANGE,
         closed_form: str | None = None,
+        heldout_images: int | None = HELDOUT,
         seed: int = 0,
     ) -> None:
+        if heldout_images is not None and heldout_images < 1:
+            raise ValueError(
+                f"model.heldout_images must be at least 1, or null for all, got {heldout_images}"
+            )
         if bounded is None:
             bounded = not prior.latent
         corrector = Corrector(
@@ -71,7 +79,7 @@ class CorrectorTraining(TrainingModule):
         )
         super().__init__(corrector, optimizer, ema_decay, seed)
         self.prior, self.time_range = prior, check_time_range(time_range)
-        self.closed_form = closed_form
+        self.closed_form, self._heldout_images = closed_form, heldout_images
         # By the name of its error. In a dict: it is no part of the module, nor of its state.
         self.others: dict[str, BiasCorrector] = {}
 
@@ -85,6 +93,11 @@ class CorrectorTraining(TrainingModule):
     def image_size(self) -> int:
         """The prior's."""
         return self.prior.image_size
+
+    @property
+    def heldout_images(self) -> int | None:
+        """See the class."""
+        return self._heldout_images
 
     def prepare_data(self) -> None:
         """Embed the empty prompt into the cache, on one process a node."""
@@ -118,19 +131,21 @@ class CorrectorTraining(TrainingModule):
         """Whether training or held-out data are images."""
         return None in self._origins()
 
-    def triplets(self, batch: ImageBatch | TripletBatch, *generators: torch.Generator) -> Triplets:
+    def triplets(
+        self, batch: ImageBatch | TripletBatch, generator: torch.Generator | None = None
+    ) -> Triplets:
         """The triplets of a batch; those of images are sampled, at the prior's resolution.
 
         Args:
             batch: of triplets, which are given back, or of images.
-            generators: of t and eps: one of the batch, or one an image.
+            generator: of t and eps; None is by the images' keys, see `heldout_triplets`.
         """
         if isinstance(batch, TripletBatch):
             return batch
-        z = self.prior.encode(resize(batch.image, self.prior.image_size)).float()
-        parts = zip(z.tensor_split(len(generators)), generators, strict=True)
-        draws = [draw_t_and_eps(part, generator, self.time_range) for part, generator in parts]
-        t, eps = (torch.cat(drawn) for drawn in zip(*draws, strict=True))
+        if generator is None:
+            return heldout_triplets(self.prior, batch.image, batch.key, self.null, self.time_range)
+        z = encoded(self.prior, batch.image)
+        t, eps = draw_t_and_eps(z, generator, self.time_range)
         return sample_triplets(self.prior, z, t, eps, self.null.expand(len(z)))
 
     def training_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> Tensor:
@@ -151,9 +166,7 @@ class CorrectorTraining(TrainingModule):
         """Held-out L_k of the averaged weights, beside the identity's and the closed form's."""
         if not batch.key:
             return
-        # An image's noise follows from its key: the same every time and however many processes
-        # share the images.
-        x = self.triplets(batch, *(key_generator(key, self.device) for key in batch.key))
+        x = self.triplets(batch)
         averaged: Any = self.averaged
         with torch.autocast(self.device.type, enabled=False):  # as the closed form always is
             b = averaged.correct(x.z, x.t, x.z_hat)
@@ -204,9 +217,3 @@ def load_closed_form(pretrained: str, identity: Mapping[str, Any]) -> FilterCorr
     if not isinstance(corrector, FilterCorrector):
         raise ValueError(f"{option} is a trained corrector, no release of lmc closed_form")
     return corrector
-
-
-def key_generator(key: str, device: torch.device) -> torch.Generator:
-    """The randomness of one held-out image: follows from its key alone."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

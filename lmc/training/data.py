@@ -1,6 +1,5 @@
 """Shards as a LightningDataModule that can be taken up again at any step."""
 
-import itertools
 from typing import Any
 
 import torch.distributed
@@ -61,8 +60,8 @@ class ImageData(LightningDataModule):
             self._stream(shards, training=False).check()
         # What the first look at them would find, after hours.
         heldout = self._stream(self.heldout, training=False)
-        if heldout.limit is not None:
-            looked_at = itertools.islice(heldout.samples(heldout.urls), heldout.limit)
+        if heldout.limit is not None and not self._takes_triplets():
+            looked_at = heldout.samples(heldout.urls, heldout.limit)
             try:
                 check_keys([sample["__key__"] for sample in looked_at])
             except ValueError as error:
@@ -116,20 +115,23 @@ class ImageData(LightningDataModule):
             self.batches_read = state_dict["ranks"][rank]["batches_read"]
             self.positions = state_dict["ranks"][rank]["positions"]
 
+    def _takes_triplets(self) -> bool:
+        """Whether to the model triplets are triplets, not (of a pixel prior) images like others."""
+        model: Any = self.trainer and self.trainer.lightning_module
+        return getattr(model, "takes_triplets", False)
+
     def _stream(self, shards: str, training: bool) -> ShardStream:
-        model: Any = None
-        order: dict[str, int] = {"seed": self.seed, "shuffle": self.shuffle}
+        how: dict[str, Any] = {"seed": self.seed, "shuffle": self.shuffle}
         if self.trainer is not None:
-            model = self.trainer.lightning_module
-            order |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        # To any other model, triplets of a pixel prior are shards of images like others.
-        if getattr(model, "takes_triplets", False):
+            model: Any = self.trainer.lightning_module
+            how |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+            how["limit"] = None if training else getattr(model, "heldout_images", None)
+        if self._takes_triplets():
             self.origins()
             if self._origins[shards] is not None:
-                return TripletStream(shards, self.batch_size, training, **order)
-        limit = None if training or model is None else getattr(model, "heldout_images", None)
+                return TripletStream(shards, self.batch_size, training, **how)
         size = model.image_size if self.image_size is None else self.image_size
-        return ImageStream(shards, size, self.batch_size, training, limit=limit, **order)
+        return ImageStream(shards, size, self.batch_size, training, **how)
 
     def _loader(self, stream: ShardStream) -> DataLoader:
         return DataLoader(

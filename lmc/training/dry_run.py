@@ -231,7 +231,9 @@ def validation(config: Mapping[str, Any]) -> str:
     if "validation" not in model:
         compared = model.get("closed_form")
         beside = f", beside {compared}: {_corrector(compared)}" if compared else ""
-        return f"{every} and at the end, all held-out images{beside}"
+        images = model.get("heldout_images")
+        many = "all" if images is None else f"the first {images:,}"
+        return f"{every} and at the end, {many} held-out images{beside}"
     what = Validation(**model["validation"])
     clip = f"CLIP {what.clip}, in float32 in each process" if what.clip else "no CLIP"
     return (

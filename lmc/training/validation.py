@@ -14,7 +14,10 @@ from lmc.shards.images import ImageBatch, from_uint8, to_uint8
 from lmc.translator import Translator
 
 # Of all that `lmc evaluate` measures, what is logged where it can be had.
-LOGGED = ("r_precision", "clip_score", "lpips", "rmse", "spectrum_error", "saturation")
+LOGGED = (
+    *("r_precision", "clip_score", "lpips", "rmse"),
+    *("spectrum_error", "spectrum_lost", "spectrum_gained", "saturation"),
+)
 
 
 @dataclass(frozen=True)
