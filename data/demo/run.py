@@ -1,12 +1,9 @@
 """The whole way on the demo world, in one command: `make demo`.
 
-Draws the shards, trains the corrector, trains a translator with each of three losses, evaluates
-them on the held-out cats, and writes into runs/demo/ the releases, results.json, grid.png and
-report.html, the page to look at.
+Draws the shards, trains the corrector and releases it, trains a translator with each of three losses
+and measures them on the held-out cats (`lmc compare`), and releases these. runs/demo/report.html is
+the page to look at.
 Stopped, it goes on with the same command; --fresh starts over.
-
-The trainings are the two scripts with configs/*/demo.yaml, each on one thread, side by side: on two
-cores three single-threaded processes do more than one with two threads.
 """
 
 import argparse
@@ -16,108 +13,39 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import yaml
-
-from lmc.compare.side_by_side import Trainings
 
 ROOT = Path(__file__).parents[2]
 OUT = Path("runs/demo")
-CLASSES = ("bear", "dog", "lion", "squirrel")
-CLIP = "data/demo/clip"
-HELDOUT = f"{OUT}/data/cats/heldout-*.tar"
-# One-line overrides of configs/translator/demo.yaml.
-LOSSES = {
-    "lmc": [],
-    "sds": [f"--run={OUT}/sds", "--model.loss=SDS"],
-    "dds": [f"--run={OUT}/dds", "--model.loss=DDS"],
-}
-# Seconds a step, relative to each other, for the estimate of what remains.
-COST = {"bias": 0.3, "lmc": 1.0, "sds": 0.9, "dds": 1.3}
+LOSSES = ("lmc", "sds", "dds")
+COMPARISON = OUT / "compare"
 
 
-def call(*command: str) -> None:
-    """Run a Python command of this repository, showing what it prints."""
-    subprocess.run([sys.executable, *command], check=True)
+def call(*command: str | Path) -> None:
+    """Run a Python command of this repository, showing what it prints.
+
+    On one thread: on two cores two such trainings do more than one with two threads.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *map(str, command)], check=True, env=environment)
 
 
-def train_all(steps: int | None) -> None:
-    """The corrector and then LMC-SDS; SDS and DDS beside them. `steps` in place of the configs'."""
-    totals = {name: steps or configured_steps(kind(name)) for name in COST}
-    trainings = Trainings(totals, COST)
-
-    def train(name: str, options: list[str]) -> None:
-        script, config = f"train_{kind(name)}.py", f"configs/{kind(name)}/demo.yaml"
-        command = [sys.executable, script, "fit", "--config", config, *options]
-        more = [f"--trainer.max_steps={steps}"] if steps else []
-        trainings.train(name, [*command, *more], OUT / f"{name}.log")
-
-    def corrector_then_lmc() -> None:
-        train("bias", [])
-        call("-m", "lmc.cli", "release", f"{OUT}/bias", "--out", f"{OUT}/release/corrector")
-        train("lmc", LOSSES["lmc"])
-
-    others = [partial(train, name, LOSSES[name]) for name in ("dds", "sds")]
-    trainings.run([corrector_then_lmc, *others], side_by_side=3)
+def lmc(*command: str | Path) -> None:
+    """Run an `lmc` command."""
+    call("-m", "lmc.cli", *command)
 
 
-def kind(name: str) -> str:
-    """Which of the two trainings one is."""
-    return "bias" if name == "bias" else "translator"
-
-
-def configured_steps(kind: str) -> int:
-    """How many steps the demo's configuration of a training has."""
-    return yaml.safe_load(Path(f"configs/{kind}/demo.yaml").read_text())["trainer"]["max_steps"]
-
-
-def evaluate() -> dict[str, Any]:
-    """Measure everything on the held-out pictures, from the releases."""
-    from torch.utils.data import DataLoader
-
-    from lmc.corrector import Corrector
+def corrector_errors() -> dict[str, float]:
+    """The released corrector's errors on the held-out pictures."""
+    from lmc.load import load_corrector
     from lmc.measure.correctors import evaluate_corrector
-    from lmc.measure.results import numbers
     from lmc.priors import DiffusersPrior
     from lmc.shards.images import ImageStream
 
     prior = DiffusersPrior("data/demo/prior")
     prior.to("cpu")
-    stream = ImageStream(f"{OUT}/data/animals/heldout-*.tar", 64, 50, training=False)
-    corrector = Corrector.from_pretrained(f"{OUT}/release/corrector").eval()
-    errors = evaluate_corrector(corrector, prior, DataLoader(stream, batch_size=None))
-    translators = [f"{OUT}/release/{name}" for name in LOSSES]
-    rows = OUT / "evaluation.json"
-    call(
-        *("-m", "lmc.cli", "evaluate", "--shards", HELDOUT, "--clip", CLIP, "--out", str(rows)),
-        "--offline",
-        *("--translator", *translators),
-    )
-    measured = json.loads(rows.read_text())["rows"]
-    return {"corrector": errors, "translators": {n: numbers(row) for n, row in measured.items()}}
-
-
-def picture() -> None:
-    """grid.png: the source row, then a block a loss and a row a target, of held-out cats."""
-    import torch
-
-    from lmc.measure.figures import labelled_grid
-    from lmc.shards.images import ImageStream
-    from lmc.translator import Translator
-
-    source = next(iter(ImageStream(HELDOUT, 64, 10, training=False))).image
-    blocks = {"held-out cats": {"cat": source}}
-    for name in LOSSES:
-        translator = Translator.from_pretrained(f"{OUT}/release/{name}").eval()
-        with torch.no_grad():
-            blocks[name.upper()] = {
-                target: translator(source, translator.class_ids([target] * len(source)))
-                for target in CLASSES
-            }
-    labelled_grid(blocks).save(OUT / "grid.png")
+    heldout = ImageStream(f"{OUT}/data/animals/heldout-*.tar", 64, 50, training=False)
+    return evaluate_corrector(load_corrector(f"{OUT}/release/corrector"), prior, heldout)
 
 
 def main() -> None:
@@ -131,28 +59,36 @@ def main() -> None:
     if args.fresh:
         shutil.rmtree(OUT, ignore_errors=True)
     if not (OUT / "data/cats/index.json").exists():
-        call("data/demo/prepare.py", "--out", f"{OUT}/data", "--count", str(args.count))
-    train_all(args.steps)
+        call("data/demo/prepare.py", "--out", OUT / "data", "--count", str(args.count))
+    steps = [f"--trainer.max_steps={args.steps}"] if args.steps else []
+    call("train_bias.py", "fit", "--config", "configs/bias/demo.yaml", *steps)
+    lmc("release", OUT / "bias", "--out", OUT / "release/corrector")
+    lmc(
+        *("compare", "configs/translator/demo.yaml", "--losses", ",".join(LOSSES), "--jobs", "2"),
+        *("--clip", "data/demo/clip", "--out", COMPARISON, "--", *steps),
+    )
     for name in LOSSES:
-        call("-m", "lmc.cli", "release", f"{OUT}/{name}", "--out", f"{OUT}/release/{name}")
-    print("evaluating on the held-out pictures", flush=True)
-    results = {"seconds": 0.0, **evaluate()}
-    picture()
-    for name in LOSSES:  # once more, now that there is something to put on the cards
-        call(
-            *("-m", "lmc.cli", "release", f"{OUT}/{name}", "--out", f"{OUT}/release/{name}"),
-            *("--results", f"{OUT}/evaluation.json", "--row", name, "--picture", f"{OUT}/grid.png"),
+        lmc(
+            *("release", COMPARISON / name / "seed0", "--out", OUT / "release" / name),
+            *("--results", COMPARISON / "evaluation.json", "--row", name),
+            *("--picture", COMPARISON / "grid.png"),
         )
-    call(
-        *("-m", "lmc.cli", "report", f"{OUT}/evaluation.json", "--out", f"{OUT}/report.html"),
-        *("--runs", f"{OUT}/bias", *(f"{OUT}/{name}" for name in LOSSES)),
+    lmc(
+        *("report", COMPARISON, "--out", OUT / "report.html", "--runs", OUT / "bias"),
         *("--title", "Cats to others, on the demo world"),
     )
-    results["seconds"] = round(time.monotonic() - start, 1)
+    shutil.copy(COMPARISON / "grid.png", OUT)
+    errors, seconds = corrector_errors(), round(time.monotonic() - start, 1)
+    compared = json.loads((COMPARISON / "results.json").read_text())
+    rows = {name: compared["losses"][name]["0"] for name in LOSSES}
+    results = {
+        "seconds": seconds,
+        "corrector": errors,
+        "translators": {"source": compared["source"], **rows},
+    }
     (OUT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    errors = results["corrector"]
     print(f"corrector: L_k {errors['loss']:.4f}, of the identity {errors['identity_loss']:.4f}")
-    print(f"{results['seconds']:.0f} s; the releases are in {OUT}/release/")
+    print(f"{seconds:.0f} s; the releases are in {OUT}/release/")
     print(f"look at {OUT}/report.html (or {OUT}/grid.png)")
 
 
