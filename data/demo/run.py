@@ -1,8 +1,8 @@
 """The whole way on the demo world, in one command: `make demo`.
 
-Draws the shards, trains the corrector and releases it, trains a translator with each of three losses
-and measures them on the held-out cats (`lmc compare`), and releases these. runs/demo/report.html is
-the page to look at.
+Draws the shards, trains the corrector and releases it, trains a translator with each of three
+losses and measures them on the held-out cats (`lmc compare`), and releases these.
+runs/demo/report.html is the page to look at.
 Stopped, it goes on with the same command; --fresh starts over.
 """
 

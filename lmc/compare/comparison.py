@@ -33,8 +33,9 @@ def compare(
     """Train the translator with several losses and measure each; one table, picture and report.
 
     OUT gets results.json (numbers), evaluation.json (a result as of lmc evaluate), table.md,
-    grid.png and report.html, and a run folder LOSS/seedK each, with log.txt. What is done there already is not done again, and stays in all of them. A training
-    that fails does not end the others; the exit status is 1 then.
+    grid.png and report.html, and a run folder LOSS/seedK each, with log.txt. What is done there
+    already is not done again, and stays in all of them. A training that fails does not end the
+    others; the exit status is 1 then.
 
     Args:
         training: configuration of train_translator.py, or several, each over the one before.
