@@ -6,17 +6,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Loaded on first use: `import lmc` must not wait for torch or diffusers.
-_PUBLIC = {
-    "Corrector": "lmc.corrector",
-    "FilterCorrector": "lmc.filter",
-    "Translator": "lmc.translator",
-    "DiffusersPrior": "lmc.priors",
-    "Prior": "lmc.priors",
-    "SDS": "lmc.losses",
-    "Cond": "lmc.losses",
-    "LMC": "lmc.losses",
-    "DDS": "lmc.losses",
+_MODULES = {
+    "lmc.corrector": ["Corrector", "IdentityCorrector"],
+    "lmc.filter": ["FilterCorrector"],
+    "lmc.translator": ["Translator"],
+    "lmc.load": ["load_corrector", "load_translator"],
+    "lmc.priors": ["DiffusersPrior", "Prior"],
+    "lmc.losses": [
+        *("ScoreDistillation", "LossInputs", "surrogate"),
+        *("SDS", "Cond", "LMC", "DDS", "NFSD", "MSSDS", "PDS", "VSD", "SDI"),
+    ],
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *_PUBLIC]
 
 
