@@ -198,6 +198,23 @@ def test_an_overlay_replaces_the_prior(tmp_path):
         assert ("pretrained" in prior["init_args"]) == ("pretrained" in expected)
 
 
+def test_the_size_of_the_images_follows_the_prior(tiny_prior_folder, tmp_path, capsys):
+    """Said by a dry run, trained on, and asked of the shards."""
+    for size in (16, 24):
+        data, run = worlds.write_world(tmp_path / str(size), size), tmp_path / f"run{size}"
+        once = ["--trainer.max_steps=1", "--data.image_size=null"]
+        args = worlds.bias_args(tiny_prior_folder, data, run, *once)
+        with pytest.raises(SystemExit):
+            train_bias.main([*args, "--dry_run=true"])
+        assert re.search(r"^images +16 x 16 pixels$", capsys.readouterr().out, re.M)
+        if size == 16:
+            train_bias.main(args)
+            assert (run / "checkpoints" / "last.ckpt").exists()
+        else:
+            with pytest.raises((ValueError, SystemExit), match="is 24 x 24 pixels"):
+                train_bias.main(args)
+
+
 def test_the_size_of_the_images_follows_the_translator():
     reader, args = ConfigReader(TranslatorTraining), [f"--config={CONFIGS}/translator/paper.yaml"]
     assert reader.read([*args, "--model.image_size=64"])["data"]["image_size"] == 64
