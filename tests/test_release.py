@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import lmc.release
 import train_translator
 from lmc.corrector import Corrector
 from lmc.filter import FilterCorrector
@@ -62,8 +63,10 @@ def assert_weights(network: torch.nn.Module, expected: dict[str, torch.Tensor]) 
 def test_a_training_is_released_with_its_averaged_weights(tiny_prior_folder, tmp_path):
     data = worlds.write_world(tmp_path / "data")
     args = worlds.translator_args(tiny_prior_folder, data, tmp_path / "run", "SDS")
-    train_translator.main([*args, "--model.norm=group"])
-    release(tmp_path / "run", tmp_path / "out")
+    states = [f"--release.{name}={value}" for name, value in TERMS.items()]
+    train_translator.main([*args, "--model.norm=group", *states])
+    lmc.release.release(tmp_path / "run", out=tmp_path / "out")
+    assert header(tmp_path / "out")["license"] == TERMS["license"]
     translator = Translator.from_pretrained(tmp_path / "out")
     expected = averaged(tmp_path / "run")
     assert_weights(translator, expected)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from diffusers import UNet2DConditionModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,11 +17,9 @@ import train_translator
 from lmc import losses
 from lmc.load import load_averaged
 from lmc.priors import DiffusersPrior
-from lmc.specs import LOSSES, defaults
-from lmc.training.base import NonFiniteGradient, StepDecay
+from lmc.training.base import NonFiniteGradient
 from lmc.training.callbacks import AtomicCheckpointIO
-from lmc.training.cli import ConfigReader, TrainingCLI
-from lmc.training.translator import Ramp, TranslatorTraining
+from lmc.training.translator import Ramp
 
 import worlds
 from worlds import release
@@ -329,73 +326,3 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         io.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-CONFIGS = {  # by the family whose tiny pipeline stands in for the prior's weights
-    "demo": "if",
-    "paper": "if",
-    "if-m": "if",
-    "if-l": "if",
-    "if-xl": "if",
-    "sd15": "sd15",
-    "sd21-base": "sd21-base",
-    "sd21": "sd21",
-    "sdxl": "sdxl",
-    "sd35-medium": "sd35",
-    "dit": "dit",
-}
-
-
-@pytest.mark.parametrize("script", ["bias", "translator"])
-@pytest.mark.parametrize("which", CONFIGS)
-def test_configs_build_their_training(
-    script, which, family_folder, corrector, data, tmp_path, monkeypatch
-):
-    """Each config, with a tiny prior and tiny data in place of its own: parsed, built, not run."""
-    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
-    main = {"bias": train_bias.main, "translator": train_translator.main}[script]
-    file = ROOT / "configs" / script / f"{which}.yaml"
-    args = [
-        "fit",
-        f"--config={file}",
-        f"--run={tmp_path}",
-        f"--model.prior.init_args.pretrained={family_folder(CONFIGS[which])}",
-        *([f"--model.loss.init_args.corrector={corrector}"] if script == "translator" else []),
-    ]
-    model = main(args).model
-    if script == "translator":
-        rows = model.prior.embed(model.prompts).tensors  # its classes are classes of the prior
-        assert {len(value) for value in rows.values()} == {2 + len(model.translator.classes)}
-    else:
-        assert model.corrector.unet.bounded is not model.prior.latent
-    command = f"python train_{script}.py fit --config configs/{script}/{which}.yaml\n"
-    assert f"#   {command}" in file.read_text()
-    size = sum(p.numel() for p in model.network.parameters())
-    if which in ("paper", "if-m"):
-        assert size == {"bias": 7_849_603, "translator": 7_850_115}[script]
-        assert (
-            model.adam
-            == {
-                "bias": StepDecay(1e-4, 0.9, 100_000),
-                "translator": StepDecay(5e-5, 0.9, 50_000),
-            }[script]
-        )
-
-
-def test_another_loss_keeps_its_own_defaults():
-    """The parser takes over what a configuration says of its own loss, where both have it."""
-    for which in CONFIGS.keys() - {"demo"}:
-        file = ROOT / "configs" / "translator" / f"{which}.yaml"
-        said = yaml.safe_load(file.read_text())["model"]["loss"]["init_args"]
-        for name, loss in LOSSES.items():
-            known = defaults(loss)
-            for option in (said.keys() & known.keys()) - {"guidance_scale", "corrector"}:
-                assert known[option] == said[option], (which, name, option)
-    args = [f"--config={ROOT}/configs/translator/paper.yaml", "--model.loss=SDI"]
-    sdi = ConfigReader(TranslatorTraining).read(args)["model"]["loss"]["init_args"]
-    assert sdi["chain_alpha"] is False and sdi["guidance_scale"] == 15
-
-
-def test_every_config_is_tested():
-    for script in ("bias", "translator"):
-        assert {file.stem for file in (ROOT / "configs" / script).glob("*.yaml")} == set(CONFIGS)

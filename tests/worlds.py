@@ -1,6 +1,7 @@
 """Tiny worlds for the tests: shards of small pictures, run folders, command lines."""
 
 import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ STATED = [f"--{name}={value}" for name, value in TERMS.items()]
 
 
 def release(run: Path, out: Path, **more: Any) -> None:
-    """lmc.release.release, with what has to be stated."""
-    lmc.release.release(run, out=out, **{**TERMS, **more})
+    """lmc.release.release, with what has to be stated, and without a word."""
+    with redirect_stdout(io.StringIO()):
+        lmc.release.release(run, out=out, **{**TERMS, **more})
 
 
 def png(image: torch.Tensor, mode: str = "RGB", suffix: str = "png") -> bytes:

@@ -1,6 +1,6 @@
 """Photographs as webdataset shards: Open Images, or any others.
 
-    python data/openimages/prepare.py photos --out data/openimages/64 --size 64
+    python data/openimages/prepare.py photographs --size 64 --out data/openimages/photos
 
 reads a folder (with all folders in it), a .txt file that lists an image's path a line (relative to
 the file), or an uncompressed .tar; several if wanted. Any kind of image is turned upright and into
