@@ -132,7 +132,12 @@ def read_stage_one(files: Sequence[str]) -> StageOne:
 
 
 def _over(under: Any, over: Any) -> Any:
-    """Nested dicts merged, as the trainings' parser does with several files."""
+    """Nested dicts merged, as the trainings' parser does with several files.
+
+    A class keeps its init_args where the other file names the same one.
+    """
     if not isinstance(under, dict) or not isinstance(over, dict):
+        return over
+    if under.get("class_path") != over.get("class_path", under.get("class_path")):
         return over
     return {**under, **{key: _over(under.get(key), value) for key, value in over.items()}}
