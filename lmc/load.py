@@ -61,7 +61,7 @@ def load_averaged(checkpoint: Path, best: bool = False) -> tuple[Network, int]:
 
 
 def load_network(folder: str) -> Network:
-    """A released network, from a release folder or hub id, whichever kind it is.
+    """A released network, from a release folder or hub id[@revision], whichever kind it is.
 
     Raises:
         FileNotFoundError, OSError, ValueError: see `load_released`.
@@ -70,7 +70,7 @@ def load_network(folder: str) -> Network:
 
 
 def load_translator(path: str) -> Translator:
-    """A translator from a run folder, a release or a hub id.
+    """A translator from a run folder, a release or a hub id[@revision].
 
     Raises:
         OSError, ValueError: there is none.
@@ -83,7 +83,7 @@ def load_translator(path: str) -> Translator:
 
 
 def load_corrector(pretrained: str) -> BiasCorrector:
-    """A released corrector of either kind, from its folder or hub id.
+    """A released corrector of either kind, from its folder or hub id[@revision].
 
     Raises:
         FileNotFoundError: it is no release folder and cannot be fetched.

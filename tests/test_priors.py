@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from lmc.priors import DiffusersPrior, Embedding
+from lmc.priors.prompts import TextPrompts
 from lmc.priors.weights import weights_digest
 
 PROMPTS = ["a photo of a cat", "", "  A Photo of a DOG "]
@@ -158,7 +159,7 @@ def test_with_a_warm_cache_the_text_encoder_is_never_opened(folder, tmp_path, mo
     def refuse(self, prompts):
         raise AssertionError(f"the text encoder was asked for {prompts}")
 
-    monkeypatch.setattr(DiffusersPrior, "_encode_text", refuse)
+    monkeypatch.setattr(TextPrompts, "encode", refuse)
     prior = DiffusersPrior(str(folder), cache_dir=cache)
     again = prior.embed(PROMPTS[::-1])
     for name, value in first.tensors.items():
@@ -169,13 +170,13 @@ def test_with_a_warm_cache_the_text_encoder_is_never_opened(folder, tmp_path, mo
 
 def test_only_new_prompts_are_encoded_and_each_once(folder, tmp_path, monkeypatch):
     asked: list[str] = []
-    encode = DiffusersPrior._encode_text
+    encode = TextPrompts.encode
 
     def note(self, prompts):
         asked.extend(prompts)
         return encode(self, prompts)
 
-    monkeypatch.setattr(DiffusersPrior, "_encode_text", note)
+    monkeypatch.setattr(TextPrompts, "encode", note)
     prior = DiffusersPrior(str(folder), cache_dir=str(tmp_path / "cache"))
     rows = prior.embed(["cat", "dog", "cat"]).tensors["encoder_hidden_states"]
     assert torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
