@@ -122,7 +122,7 @@ class BiasCorrector(nn.Module, ABC):
                 f"a corrector is valid for the prior it was trained on only.\n{error}\n"
                 "Train one for this prior: python train_bias.py fit --config …"
             ) from error
-        say_unchecked("the corrector's weights", unchecked)
+        say_unchecked("the corrector", unchecked)
 
 
 class Corrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 
 
 class HubNetwork(PyTorchModelHubMixin, library_name="lmc"):
@@ -59,8 +60,8 @@ def load_released(pretrained: str, kinds: Mapping[str, type[HubNetwork]]) -> Any
         kinds: each by a key that only its own config has.
 
     Raises:
-        FileNotFoundError: a local folder without config.json.
-        OSError, HFValidationError: there is no such folder or hub id, or no way to the hub.
+        FileNotFoundError: a local folder without config.json, or there is no such folder, hub id
+            or revision, or no way to the hub.
         ValueError: it holds something else, or the weights do not fit.
     """
     name, revision = split_revision(pretrained)
@@ -71,7 +72,12 @@ def load_released(pretrained: str, kinds: Mapping[str, type[HubNetwork]]) -> Any
                 f"{pretrained} has no config.json: not a release (see lmc release)"
             )
     else:
-        file = Path(hf_hub_download(name, "config.json", revision=revision))
+        try:
+            file = Path(hf_hub_download(name, "config.json", revision=revision))
+        except (OSError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"no release at {pretrained}: no such folder, and as a hub id: {error}"
+            ) from error
     try:
         config = dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError) as error:

@@ -562,7 +562,7 @@ def test_a_dry_run_of_the_papers_config_without_any_files(
     def fails(*args, **kwargs):
         raise offline
 
-    monkeypatch.setattr(lmc.priors.diffusers, "snapshot_download", fails)
+    monkeypatch.setattr(lmc.priors.weights, "snapshot_download", fails)
     monkeypatch.setattr(lmc.training.dry_run.HfApi, "model_info", fails)
     monkeypatch.chdir(tmp_path)
     config = f"{ROOT}/configs/{script}/paper.yaml"

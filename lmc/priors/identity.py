@@ -74,9 +74,8 @@ def say_unchecked(what: str, unchecked: list[str]) -> None:
     """Warn, in one line, of what `check_identity` could not compare of `what`, if anything."""
     if unchecked:
         warn(
-            f"{what}: whether they are of this prior could not be checked by its "
-            f"{', '.join(unchecked)}, which an earlier version, or a class of your own, does not "
-            "record"
+            f"{what}: the prior's {', '.join(unchecked)} could not be checked, because an earlier "
+            "version, or a prior class of your own, did not record them"
         )
 
 
