@@ -257,3 +257,10 @@ def test_a_denoisers_digest_is_by_the_names_in_its_file(family_folder, tmp_path)
     digest = weights_digest(folder / "unet")
     rewrite("unet", old_names)(folder)
     assert weights_digest(folder / "unet") != digest
+
+
+def test_a_record_that_somebody_wrote_by_hand_is_another_and_no_crash():
+    mine = {"digest": "1", "prediction_type": "sample", "schedule": {"kind": "ddpm", "steps": 9}}
+    for schedule in (None, "cosine", ["a", 1], {"kind": "ddpm", "steps": ["9"]}):
+        with pytest.raises(ValueError, match="  schedule: "):
+            check_identity({**mine, "schedule": schedule}, mine)

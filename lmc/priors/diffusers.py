@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lmc.priors.families import (
-    LatentSpace,
     read_classes,
     read_denoiser,
     read_family,
@@ -88,9 +87,7 @@ class DiffusersPrior:
         self.family = read_family(self._files)
         self.channels, self.image_size = read_denoiser(self._files, self.family)
         self.latent = self.family.latent
-        latents = LatentSpace()
-        if self.latent:
-            latents = read_latents(self._files, self.family, self.channels)
+        latents = read_latents(self._files, self.family, self.channels)
         self.image_size *= latents.factor
         self.latent_scale, self.latent_shift = latents.scale, latents.shift
         self._vae_dtype = torch.float32 if latents.upcast else self.dtype
@@ -204,6 +201,9 @@ class DiffusersPrior:
             FileNotFoundError: a text encoder is needed, and missing.
             ImportError: its tokenizer needs sentencepiece, which is not installed.
             ValueError: an unknown class.
+
+        Warns:
+            Of words that a text encoder's tokenizer does not know, once a prompt.
         """
         if not self.family.text_encoders:
             ids = class_ids(self.pretrained, self.classes, prompts)

@@ -98,11 +98,13 @@ def read_denoiser(files: PipelineFolder, family: Family) -> tuple[int, int]:
 
 
 def read_latents(files: PipelineFolder, family: Family, channels: int) -> LatentSpace:
-    """What the VAE's config says; `channels` are those that the denoiser takes.
+    """What the VAE's config says, if there is one; `channels` are those that the denoiser takes.
 
     Raises:
         ValueError: another kind of VAE, or of scaling, or one that does not fit the denoiser.
     """
+    if not family.latent:
+        return LatentSpace()
     file = "vae/config.json"
     config = files.json(file)
     if files.index["vae"][1] != "AutoencoderKL":

@@ -43,7 +43,7 @@ def check_identity(made_for: Mapping[str, Any], used_with: Mapping[str, Any]) ->
 
     Returns:
         What could not be compared because one of them, of an earlier version or of a class of
-        somebody's own, does not say it.
+        your own, does not say it; for `say_unchecked`.
 
     Raises:
         ValueError: it is another prior; names both, and each difference with both values.
@@ -81,16 +81,19 @@ def say_unchecked(what: str, unchecked: list[str]) -> None:
 
 def _name(identity: Mapping[str, Any]) -> str:
     revision = identity.get("revision")
-    return f"{identity.get('pretrained', 'a prior of no name')}" + (
-        f" (revision {revision})" if revision else ""
-    )
+    name = identity.get("pretrained", "a prior of no name") if identity else "none recorded"
+    return f"{name} (revision {revision})" if revision else str(name)
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Equal; but ᾱ, the only list there is, up to rounding."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(
-            math.isclose(a, b, rel_tol=1e-4) for a, b in zip(one, other, strict=True)
-        )
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(_close, one, other))
     return one == other
+
+
+def _close(one: Any, other: Any) -> bool:
+    numbers = isinstance(one, int | float) and isinstance(other, int | float)
+    return math.isclose(one, other, rel_tol=1e-4) if numbers else one == other
