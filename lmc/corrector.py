@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.hub import HubNetwork
+from lmc.priors import check_identity, say_unchecked
 from lmc.unet import (
     ENCODING,
     Norm,
@@ -108,19 +109,20 @@ class BiasCorrector(nn.Module, ABC):
         Args:
             identity: `Prior.identity` of the prior about to be used.
 
+        Warns:
+            Of what could not be compared; see `lmc.priors.check_identity`.
+
         Raises:
-            ValueError: it is another prior: other weights of the denoiser, or read otherwise.
+            ValueError: it is another prior; names what differs.
         """
-        if any(self.prior.get(key) != identity.get(key) for key in ("digest", "prediction_type")):
-            mine, other = (
-                ", ".join(f"{key} {value}" for key, value in one.items()) or "none recorded"
-                for one in (self.prior, identity)
-            )
+        try:
+            unchecked = check_identity(self.prior, identity)
+        except ValueError as error:
             raise ValueError(
-                "a corrector is valid for the prior it was trained on only.\n"
-                f"  trained on: {mine}\n  used with:  {other}\n"
+                f"a corrector is valid for the prior it was trained on only.\n{error}\n"
                 "Train one for this prior: python train_bias.py fit --config …"
-            )
+            ) from error
+        say_unchecked("the corrector", unchecked)
 
 
 class Corrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):

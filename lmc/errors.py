@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,15 @@ def message(error: Exception) -> str:
     """An error as one line."""
     text = OUT_OF_MEMORY if _is_out_of_memory(error) else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def warn(text: str) -> None:
+    """A warning, once and of one process: all of a training's would say the same."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
+        return
+    warnings.warn(text, stacklevel=2)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -4,7 +4,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from huggingface_hub.errors import HFValidationError
 
 from lmc.corrector import BiasCorrector, Corrector
 from lmc.filter import FilterCorrector
@@ -61,16 +60,16 @@ def load_averaged(checkpoint: Path, best: bool = False) -> tuple[Network, int]:
 
 
 def load_network(folder: str) -> Network:
-    """A released network, from a release folder or hub id, whichever kind it is.
+    """A released network, from a release folder or hub id[@revision], whichever kind it is.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: see `load_released`.
+        FileNotFoundError, ValueError: see `load_released`.
     """
     return load_released(folder, {"classes": Translator, **CORRECTORS})
 
 
 def load_translator(path: str) -> Translator:
-    """A translator from a run folder, a release or a hub id.
+    """A translator from a run folder, a release or a hub id[@revision].
 
     Raises:
         OSError, ValueError: there is none.
@@ -83,7 +82,7 @@ def load_translator(path: str) -> Translator:
 
 
 def load_corrector(pretrained: str) -> BiasCorrector:
-    """A released corrector of either kind, from its folder or hub id.
+    """A released corrector of either kind, from its folder or hub id[@revision].
 
     Raises:
         FileNotFoundError: it is no release folder and cannot be fetched.
@@ -91,7 +90,7 @@ def load_corrector(pretrained: str) -> BiasCorrector:
     """
     try:
         corrector: Corrector | FilterCorrector = load_released(pretrained, CORRECTORS)
-    except (OSError, HFValidationError) as error:
+    except OSError as error:
         raise FileNotFoundError(
             f"no released corrector at {pretrained}: train one (train_bias.py) and release it "
             f"(lmc release RUN --out {pretrained})"

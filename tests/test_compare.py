@@ -36,6 +36,7 @@ from lmc.measure.metrics import Clip, distances
 from lmc.measure.results import numbers
 from lmc.measure.tables import markdown, seeds_table
 from lmc.priors import DiffusersPrior
+from lmc.priors.prompts import TextPrompts
 from lmc.shards.images import ImageStream
 from lmc.specs import LOSSES, parse_specs
 
@@ -231,13 +232,13 @@ def test_refused_before_anything_is_trained(world, trained, tmp_path, losses, mo
 
 def test_prompts_are_embedded_once_and_before_the_trainings(world, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("LMC_CACHE", str(tmp_path / "cold"))
-    encode, encoded = DiffusersPrior._encode_text, []
+    encode, encoded = TextPrompts.encode, []
 
-    def note(self: DiffusersPrior, prompts: list[str]) -> object:
+    def note(self: TextPrompts, prompts: list[str]) -> object:
         encoded.append((list(trained), sorted(prompts)))
         return encode(self, prompts)
 
-    monkeypatch.setattr(DiffusersPrior, "_encode_text", note)
+    monkeypatch.setattr(TextPrompts, "encode", note)
     losses = "nfsd,nfsd:negative_prompt=a cat:guidance_scale=3"
     more = ("--", "--trainer.max_steps=1", "--save_every=1")
     main(args(world, tmp_path / "out", losses, "--seeds", "0", *more, config="SDS"))

@@ -24,6 +24,7 @@ from lmc.dreamsampler import (
     posterior_deviation,
 )
 from lmc.priors import DiffusersPrior
+from lmc.priors.prompts import TextPrompts
 from lmc.schedule import FlowSchedule, Schedule
 
 import worlds
@@ -439,7 +440,7 @@ def test_bad_input_is_found_before_weights_are_loaded(
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(DiffusersPrior, "_load", load)
-    monkeypatch.setattr(DiffusersPrior, "_encode_text", load)
+    monkeypatch.setattr(TextPrompts, "encode", load)
 
     def message(task: str, *more: str, image: str = "photo", prior=tiny_prior_folder) -> str:
         with pytest.raises(SystemExit) as caught:

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
-import lmc.priors.diffusers
+import lmc.priors.weights
 import train_bias
 import train_translator
 from lmc.load import load_network
@@ -578,7 +578,7 @@ def test_all_parts_are_fetched_from_one_commit_and_no_more_than_is_needed(hub_ca
         assert ignore_patterns == ["*fp16*", "*non_ema*"]
         return str(hub_cache)
 
-    monkeypatch.setattr(lmc.priors.diffusers, "snapshot_download", download)
+    monkeypatch.setattr(lmc.priors.weights, "snapshot_download", download)
     prior = DiffusersPrior("some/prior", revision="main")
     assert asked == [("main", ["model_index.json", "*/*config.json"])]
     prior.to("cpu")
@@ -593,7 +593,7 @@ def test_a_gated_model_says_how_to_get_it(monkeypatch, status):
     def refuse(*args, **options):
         raise GatedRepoError("gated", response=MagicMock(status_code=status))
 
-    monkeypatch.setattr(lmc.priors.diffusers, "snapshot_download", refuse)
+    monkeypatch.setattr(lmc.priors.weights, "snapshot_download", refuse)
     with pytest.raises(PermissionError) as caught:
         DiffusersPrior("DeepFloyd/IF-I-M-v1.0")
     message = str(caught.value)

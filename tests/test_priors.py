@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from lmc.priors import DiffusersPrior, Embedding
+from lmc.priors.prompts import TextPrompts, unknown_words
 from lmc.priors.weights import weights_digest
+
+import families
 
 PROMPTS = ["a photo of a cat", "", "  A Photo of a DOG "]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -158,7 +162,7 @@ def test_with_a_warm_cache_the_text_encoder_is_never_opened(folder, tmp_path, mo
     def refuse(self, prompts):
         raise AssertionError(f"the text encoder was asked for {prompts}")
 
-    monkeypatch.setattr(DiffusersPrior, "_encode_text", refuse)
+    monkeypatch.setattr(TextPrompts, "encode", refuse)
     prior = DiffusersPrior(str(folder), cache_dir=cache)
     again = prior.embed(PROMPTS[::-1])
     for name, value in first.tensors.items():
@@ -169,13 +173,13 @@ def test_with_a_warm_cache_the_text_encoder_is_never_opened(folder, tmp_path, mo
 
 def test_only_new_prompts_are_encoded_and_each_once(folder, tmp_path, monkeypatch):
     asked: list[str] = []
-    encode = DiffusersPrior._encode_text
+    encode = TextPrompts.encode
 
     def note(self, prompts):
         asked.extend(prompts)
         return encode(self, prompts)
 
-    monkeypatch.setattr(DiffusersPrior, "_encode_text", note)
+    monkeypatch.setattr(TextPrompts, "encode", note)
     prior = DiffusersPrior(str(folder), cache_dir=str(tmp_path / "cache"))
     rows = prior.embed(["cat", "dog", "cat"]).tensors["encoder_hidden_states"]
     assert torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
@@ -196,6 +200,75 @@ def test_the_cache_is_where_the_environment_says(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LMC_CACHE", str(tmp_path / "elsewhere"))
     DiffusersPrior(str(folder)).embed(["cat"])
     assert len(list((tmp_path / "elsewhere").rglob("*.safetensors"))) == 1
+
+
+def test_words_that_the_tokenizer_does_not_know_are_named(folder, tmp_path):
+    """With a warm cache too; the tiny vocabulary has a few words, the letters, and no digit."""
+    cache = str(tmp_path / "cache")
+    for _ in range(2):
+        with pytest.warns(UserWarning) as said:
+            DiffusersPrior(str(folder), cache_dir=cache).embed(
+                ["a Photo of a CAT", "", "a zebra, 3d", "a photo of a dog", "x y of a été"]
+            )
+        messages = [str(each.message) for each in said]
+        assert all("\n" not in each and each.startswith(f"{folder}: ") for each in messages)
+        first, second = (each.partition(" does not know ")[2] for each in messages)
+        assert first.startswith("'zebra', '3d' in 'a zebra, 3d': ")
+        assert second.startswith("'été' in 'x y of a été': ")
+
+
+def test_known_words_are_not_talked_of(folder, tmp_path, family_folder):
+    """CLIP calls its end of text the unknown token, has none, and spells many a word by letters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(2):
+            DiffusersPrior(str(folder), cache_dir=str(tmp_path)).embed(PROMPTS)
+            for name in ("sd15", "sdxl"):
+                clip = DiffusersPrior(str(family_folder(name)), cache_dir=str(tmp_path))
+                clip.embed(["a zebra, 3d", "", "a photo of a cat"])
+            dit = DiffusersPrior(str(family_folder("dit")), cache_dir=str(tmp_path))
+            dit.embed(["lion", ""])
+    tokenizer = families.clip_tokenizer()
+    assert tokenizer.unk_token_id in tokenizer("3d").input_ids
+    assert unknown_words(tokenizer, "3d zebra") == []
+
+
+def test_of_several_tokenizers_the_one_that_knows_less_is_heard(family_folder, tmp_path):
+    """Stable Diffusion 3's T5, beside two CLIPs; it tells cases apart as the pipeline does."""
+    prior = DiffusersPrior(str(family_folder("sd35")), cache_dir=str(tmp_path))
+    with pytest.warns(UserWarning, match="does not know 'Cat' in 'a Cat': "):
+        prior.embed(["a Cat"])
+
+
+def test_it_is_said_of_one_process(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            DiffusersPrior(str(folder), cache_dir=str(tmp_path)).embed(["a zebra"])
+        assert len([each for each in said if "zebra" in str(each.message)]) == 1 - rank
+
+
+def test_an_embedding_cached_by_an_earlier_version_is_read(folder, tmp_path):
+    prior = DiffusersPrior(str(folder), cache_dir=str(tmp_path / "cache"))
+    rows = prior.embed(["a cat"]).tensors
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    save_file(load_file(file), file)  # which had no notes beside the tensors
+    again = prior.embed(["a cat"]).tensors
+    assert rows.keys() == again.keys() and all(torch.equal(rows[n], again[n]) for n in rows)
+
+
+def test_the_demos_prior_does_not_know_a_zebra(tmp_path):
+    prior = DiffusersPrior(
+        str(Path(__file__).parents[1] / "data/demo/prior"), cache_dir=str(tmp_path)
+    )
+    known = ["a photo of a cat", "a picture of the lion", "an animal face", ""]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prior.embed(known)
+    with pytest.warns(UserWarning, match="does not know 'zebra' in 'a photo of a zebra': "):
+        prior.embed([*known, "a photo of a zebra"])
 
 
 def test_identity_is_plain_and_names_the_weights(tiny_prior_folder, any_prior_folder):

@@ -1,5 +1,7 @@
 """Releases: exactly the averaged weights, rebuilt from the folder alone; clear errors."""
 
+import copy
+import inspect
 import json
 from pathlib import Path
 
@@ -8,14 +10,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lmc.release
 import train_translator
 from lmc.corrector import Corrector
 from lmc.filter import FilterCorrector
-from lmc.load import load_averaged, load_corrector, load_network
+from lmc.load import load_averaged, load_corrector, load_network, load_translator
+from lmc.losses import LMC
 from lmc.release import Terms, read_results, stated, write_release
+from lmc.training.bias import load_closed_form
 from lmc.translator import Translator
 
 import worlds
@@ -384,6 +388,88 @@ def test_a_hub_id_is_told_by_the_config_of_its_cache(tmp_path, monkeypatch, kind
         load_corrector("me/other")
 
 
+@pytest.fixture
+def two_revisions(tmp_path, monkeypatch) -> dict[str, torch.nn.Module]:
+    """Releases by 'ID@REVISION' in the hub's cache, as downloaded; no way to the hub."""
+    networks: dict = {}
+    for number, revision in enumerate(("main", "v1", "refs/pr/2")):
+        for kind, network in (
+            ("corrector", Corrector(widths=[8, 8], prior=PRIOR)),
+            ("translator", Translator(["dog"], 16, [8, 16])),
+        ):
+            model, commit = tmp_path / f"models--me--{kind}", str(number) * 40
+            network.save_pretrained(model / "snapshots" / commit)
+            (model / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+            (model / "refs" / revision).write_text(commit)
+            networks[f"me/{kind}@{revision}"] = network
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return networks
+
+
+def test_a_hub_id_takes_a_revision(two_revisions):
+    for name, network in two_revisions.items():
+        load = load_corrector if "corrector" in name else load_translator
+        assert_weights(load(name), network.state_dict())
+        assert_weights(load_network(name), network.state_dict())
+    for kind in ("corrector", "translator"):
+        newest = two_revisions[f"me/{kind}@main"].state_dict()
+        assert_weights(load_network(f"me/{kind}"), newest)
+        commit = load_network(f"me/{kind}@{'1' * 40}")
+        assert_weights(commit, two_revisions[f"me/{kind}@v1"].state_dict())
+        with pytest.raises(FileNotFoundError, match=f"no release at me/{kind}@v3"):
+            load_network(f"me/{kind}@v3")
+    for wrong in ("me/corrector@", "@v1"):
+        with pytest.raises(ValueError, match=f"^{wrong}: a revision is given as ID@REVISION"):
+            load_corrector(wrong)
+
+
+def test_a_loss_and_the_closed_form_take_a_revision_too(two_revisions, tmp_path):
+    name = "me/corrector@v1"
+    assert_weights(LMC(name).corrector, two_revisions[name].state_dict())
+    with pytest.raises(FileNotFoundError, match="no released corrector at me/corrector@v3"):
+        LMC("me/corrector@v3")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=f"{name} is a trained corr"):
+        load_closed_form(name, PRIOR)
+
+
+def test_a_folder_that_is_there_wins_over_a_revision(two_revisions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = Corrector(widths=[8, 8], prior=PRIOR)
+    here.save_pretrained("me/corrector@v1")
+    assert_weights(load_corrector("me/corrector@v1"), here.state_dict())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Corrector(4, [8, 8], bounded=False, prior=PRIOR),
+        FilterCorrector(3, size=8, prior=PRIOR),
+        Translator(["dog", "cat"], widths=[8, 16], residual=True),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_a_networks_arguments_are_what_its_release_says(tmp_path, network):
+    """The library keeps them too, under a private name, and writes them: both must agree."""
+    network.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert json.loads(json.dumps(network.arguments)) == written
+    assert {"self", *written} == set(inspect.signature(type(network).__init__).parameters)
+    for again in (copy.deepcopy(network), type(network).from_pretrained(tmp_path)):
+        assert json.loads(json.dumps(again.arguments)) == written
+    rebuilt = type(network)(**network.arguments)
+    rebuilt.load_state_dict(network.state_dict())
+
+
+def test_weights_that_do_not_fit_are_refused_through_the_librarys_own_way(tmp_path):
+    """Fails where the library no longer asks `_from_pretrained`, which it says to override."""
+    network = Translator(["dog"], 16, [8, 16])
+    network.save_pretrained(tmp_path)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{tmp_path} is no Translator: (.|\\n)*unet"):
+        Translator.from_pretrained(tmp_path)
+
+
 def test_a_release_of_something_else_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config"):
         load_network(str(tmp_path))
@@ -401,8 +487,6 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
     file = tmp_path / "out" / "model.safetensors"
     weights = load_file(file)
     weights.pop(next(iter(weights)))
-    from safetensors.torch import save_file
-
     save_file(weights, file)
     with pytest.raises((RuntimeError, ValueError)):
         load_network(str(tmp_path / "out"))

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import lmc.priors.diffusers
+import lmc.priors.weights
 import lmc.training.bias
 import lmc.training.dry_run
 import lmc.training.translator
@@ -479,7 +479,7 @@ def untouched(monkeypatch):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", touched)
-    monkeypatch.setattr(lmc.priors.diffusers, "weights_digest", touched)
+    monkeypatch.setattr(lmc.priors.weights, "weights_digest", touched)
     monkeypatch.setattr(Corrector, "from_pretrained", touched)
 
 
@@ -562,7 +562,7 @@ def test_a_dry_run_of_the_papers_config_without_any_files(
     def fails(*args, **kwargs):
         raise offline
 
-    monkeypatch.setattr(lmc.priors.diffusers, "snapshot_download", fails)
+    monkeypatch.setattr(lmc.priors.weights, "snapshot_download", fails)
     monkeypatch.setattr(lmc.training.dry_run.HfApi, "model_info", fails)
     monkeypatch.chdir(tmp_path)
     config = f"{ROOT}/configs/{script}/paper.yaml"

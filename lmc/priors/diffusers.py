@@ -1,63 +1,28 @@
 """DiffusersPrior, which speaks the Prior protocol for models in diffusers format."""
 
-import contextlib
-import gc
-import hashlib
-import importlib.util
-import inspect
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lmc.priors.families import (
+    read_classes,
+    read_denoiser,
+    read_family,
+    read_latents,
+    read_schedule,
+)
+from lmc.priors.identity import schedule_identity
+from lmc.priors.lora import add_lora, remove_lora, switch_lora
+from lmc.priors.prompts import TextPrompts, class_ids
 from lmc.priors.protocol import Embedding
-from lmc.priors.weights import weight_files, weights_digest
-from lmc.schedule import FlowSchedule, PredictionType, Schedule, to_eps_and_z_hat
+from lmc.priors.weights import PipelineFolder
+from lmc.schedule import to_eps_and_z_hat
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the pipelines of one class are made up.
-
-    Attributes:
-        denoiser: the part that predicts.
-        text_encoders: how many, each with its tokenizer; 0: classes stand in for prompts.
-        latent: there is a VAE, and z is its latent.
-        pooled: what the denoiser calls the text encoders' pooled output, if it takes that.
-    """
-
-    denoiser: Literal["unet", "transformer"]
-    text_encoders: int
-    latent: bool
-    pooled: str | None = None
-
-    @property
-    def text_parts(self) -> list[str]:
-        """text_encoder, text_encoder_2, …, tokenizer, tokenizer_2, …"""
-        numbers = ["", *(f"_{i}" for i in range(2, self.text_encoders + 1))][: self.text_encoders]
-        return [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in numbers]
-
-
-FAMILIES = {
-    "IFPipeline": Family("unet", 1, latent=False),
-    "StableDiffusionPipeline": Family("unet", 1, latent=True),
-    "StableDiffusionXLPipeline": Family("unet", 2, latent=True, pooled="text_embeds"),
-    "StableDiffusion3Pipeline": Family("transformer", 3, latent=True, pooled="pooled_projections"),
-    "DDPMPipeline": Family("unet", 0, latent=False),
-    "DiTPipeline": Family("transformer", 0, latent=True),
-}
-
-VARIANTS = ("*fp16*", "*non_ema*")  # other forms of the same weights, beside them on the hub
 
 
 class DiffusersPrior:
@@ -117,69 +82,51 @@ class DiffusersPrior:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.compile = compile
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._files = PipelineFolder(pretrained, revision)
+        self.folder, self.index = self._files.path, self._files.index
+        self.family = read_family(self._files)
+        self.channels, self.image_size = read_denoiser(self._files, self.family)
+        self.latent = self.family.latent
+        latents = read_latents(self._files, self.family, self.channels)
+        self.image_size *= latents.factor
+        self.latent_scale, self.latent_shift = latents.scale, latents.shift
+        self._vae_dtype = torch.float32 if latents.upcast else self.dtype
+        self.schedule, self.prediction_type = read_schedule(self._files)
+        self.classes = read_classes(self._files, self.family, classes)
         default = os.environ.get("LMC_CACHE", Path.home() / ".cache" / "lmc")
         self.cache_dir = Path(cache_dir or default) / "embeddings"
-        self._commit: str | None = None
-        self.folder = self._fetch("model_index.json", "*/*config.json")
-        self.index: dict[str, Any] = self._json("model_index.json")
-        name = self.index.get("_class_name")
-        if name not in FAMILIES:
-            raise ValueError(
-                f"{pretrained}: {name} is not supported; supported are {', '.join(FAMILIES)}"
-            )
-        self.family = FAMILIES[name]
-        self.latent = self.family.latent
-        parts = [self.family.denoiser, "scheduler", *(["vae"] if self.latent else [])]
-        for part in [*parts, *self.family.text_parts]:
-            if not all(self.index.get(part) or [None]):
-                raise ValueError(f"{pretrained}: a {name} without {part!r} is not supported")
-
-        config_file = f"{self.family.denoiser}/config.json"
-        config = self._json(config_file)
-        self.channels = self._number(config_file, config, "in_channels")
-        self.image_size = self._number(config_file, config, "sample_size")
-        out_channels = config.get("out_channels") or self.channels
-        if out_channels not in (self.channels, 2 * self.channels):
-            raise ValueError(
-                f"{pretrained}/{config_file}: out_channels {out_channels} is neither "
-                f"in_channels {self.channels} nor, with a learned variance, twice that"
-            )
-        self.latent_shift, self.latent_scale = 0.0, 1.0
-        if self.latent:
-            self._read_vae_config()
-        self.schedule: Schedule | FlowSchedule
-        self.prediction_type: PredictionType
-        self._read_scheduler()
-        self.classes = {} if self.family.text_encoders else self._read_classes(config_file, config)
-        if classes and not self.classes:
-            raise ValueError(f"{pretrained}: prompts are texts, there are no classes to name")
-        for label, number in (classes or {}).items():
-            if str(number) not in self.classes:
-                raise ValueError(f"classes: {label!r} is {number}, which {pretrained} has not")
-            self.classes[label] = number
+        self._texts = TextPrompts(self._files, self.family, self.cache_dir)
         self._denoiser: torch.nn.Module | None = None
         self._vae: Any = None
         self._lora: dict[str, torch.nn.Parameter] = {}
-        self._digest: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells it from others: id, prediction type, image_size, channels, weights' digest.
+        """What tells it from others, in plain values; see `lmc.priors.check_identity`.
 
-        A latent prior's has latent_scale and latent_shift as well.
+        Where it comes from (pretrained, revision), prediction_type, schedule, image_size, channels
+        and the `digest` of the denoiser's weights; of a latent prior, latent_scale, latent_shift
+        and the digest of its vae's weights too. Weights are read for it, once a process.
+
+        Raises:
+            FileNotFoundError: weights are missing.
         """
-        if self._digest is None:
-            part = self.family.denoiser
-            self._digest = weights_digest(self._fetch_weights(part) / part)
-        latent = {"latent_scale": self.latent_scale, "latent_shift": self.latent_shift}
+        of_latents = {}
+        if self.latent:
+            of_latents = {
+                "latent_scale": self.latent_scale,
+                "latent_shift": self.latent_shift,
+                "vae": self._files.digest("vae"),
+            }
         return {
             "pretrained": self.pretrained,
             "revision": self.revision,
             "prediction_type": self.prediction_type,
+            "schedule": schedule_identity(self.schedule),
             "image_size": self.image_size,
             "channels": self.channels,
-            **(latent if self.latent else {}),
-            "digest": self._digest,
+            **of_latents,
+            "digest": self._files.digest(self.family.denoiser),
         }
 
     def to(self, device: torch.device | str) -> None:
@@ -190,7 +137,7 @@ class DiffusersPrior:
         """
         if self._denoiser is None:
             part = self.family.denoiser
-            self._fetch_weights(part, *(["vae"] if self.latent else []))
+            self._files.fetch_weights(part, *(["vae"] if self.latent else []))
             self._denoiser = self._load(part, self.dtype)
             if self.compile:
                 self._denoiser.compile()
@@ -254,21 +201,14 @@ class DiffusersPrior:
             FileNotFoundError: a text encoder is needed, and missing.
             ImportError: its tokenizer needs sentencepiece, which is not installed.
             ValueError: an unknown class.
+
+        Warns:
+            Of words that a text encoder's tokenizer does not know, once a prompt.
         """
         if not self.family.text_encoders:
-            return Embedding({"class_labels": torch.tensor([self._class_id(p) for p in prompts])})
-        files = [self._cache_file(prompt) for prompt in prompts]
-        missing = {p: f for p, f in zip(prompts, files, strict=True) if not f.exists()}
-        if missing:
-            encoded = self._encode_text(list(missing))
-            gc.collect()  # a T5-XXL is 19 GB: gone before the denoiser needs the room
-            for row, file in zip(encoded, missing.values(), strict=True):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_suffix(f".{os.getpid()}.partial")
-                save_file(row, partial)
-                os.replace(partial, file)
-        loaded = [load_file(file) for file in files]
-        rows = {name: torch.stack([row[name] for row in loaded]) for name in loaded[0]}
+            ids = class_ids(self.pretrained, self.classes, prompts)
+            return Embedding({"class_labels": ids})
+        rows = self._texts.embed(prompts)
         if "text_embeds" in rows:
             # SDXL is told the picture's size before cropping, the crop's corner, and the target's
             # size: here an uncropped picture of just this size [SDXL, Sec. 2.2].
@@ -305,27 +245,14 @@ class DiffusersPrior:
             RuntimeError: `to` was not called.
             ValueError: the denoiser has no attention.
         """
-        from peft import LoraConfig, inject_adapter_in_model
-
         denoiser = self._loaded(self._denoiser)
-        self._remove_lora()
-        names = ["to_q", "to_k", "to_v", "to_out.0"]
-        names += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]  # of the text, in some
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+        if self._lora:
+            remove_lora(denoiser)
+            self._lora = {}
         try:
-            # Not diffusers' add_adapter, which not every denoiser has.
-            inject_adapter_in_model(config, denoiser, adapter_name="lora")
+            self._lora = add_lora(denoiser, rank)
         except ValueError as error:
             raise ValueError(f"{self.pretrained}: no LoRA fits the denoiser: {error}") from error
-        self._lora = {name: p for name, p in denoiser.named_parameters() if ".lora." in name}
-        generator = torch.Generator().manual_seed(0)
-        for name, weight in self._lora.items():
-            weight.data = weight.data.float()  # whatever the denoiser's own dtype
-            if ".lora_A." in name:  # peft draws from the state of the moment, on the device
-                start = torch.empty(weight.shape)
-                torch.nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
-                weight.data.copy_(start)
-        self._switch_lora(False)
         return self._lora
 
     def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
@@ -334,36 +261,14 @@ class DiffusersPrior:
         Raises:
             RuntimeError: `to` or `add_lora` was not called.
         """
-        self._loaded(self._denoiser)
+        denoiser = self._loaded(self._denoiser)
         if not self._lora:
             raise RuntimeError("call prior.add_lora(rank) before predict_lora")
-        self._switch_lora(True)
+        switch_lora(denoiser, self._lora, True)
         try:
             return self._predict(z_t, t, embedding)
         finally:
-            self._switch_lora(False)
-
-    def _remove_lora(self) -> None:
-        """Put the denoiser's own layers back; what peft knew of a LoRA is forgotten."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if not self._lora:
-            return
-        denoiser = self._loaded(self._denoiser)
-        for name, module in list(denoiser.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                denoiser.set_submodule(name, module.get_base_layer())
-        del denoiser.peft_config
-        self._lora = {}
-
-    def _switch_lora(self, on: bool) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for module in self._loaded(self._denoiser).modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(on)
-        for weight in self._lora.values():
-            weight.requires_grad_(True)  # which switching off has ended
+            switch_lora(denoiser, self._lora, False)
 
     def _predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
         denoiser = self._loaded(self._denoiser)
@@ -391,246 +296,13 @@ class DiffusersPrior:
             given["added_cond_kwargs"] = {n: given.pop(n) for n in ("text_embeds", "time_ids")}
         return given
 
-    @torch.no_grad()
-    def _encode_text(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        """What the pipeline's own encode_prompt gives, in float32; nothing but text is loaded."""
-        import diffusers
-
-        encoders = [part for part in self.family.text_parts if part.startswith("text_encoder")]
-        tokenizers = [part for part in self.family.text_parts if part.startswith("tokenizer")]
-        self._fetch(*(f"{part}/*" for part in tokenizers))
-        installed = importlib.util.find_spec("sentencepiece") is not None
-        for part in tokenizers:
-            files = {file.name for file in (self.folder / part).iterdir()}
-            # DeepFloyd IF's tokenizer is published in this form alone.
-            if "spiece.model" in files and "tokenizer.json" not in files and not installed:
-                raise ImportError(
-                    f"{self.pretrained}/{part} is in SentencePiece's format: "
-                    "pip install sentencepiece protobuf"
-                )
-        self._fetch_weights(*encoders)
-        parts = {
-            part: self._class(part).from_pretrained(self.folder, subfolder=part)
-            for part in tokenizers
-        }
-        for part in encoders:
-            model = self._class(part)
-            parts[part] = model.from_pretrained(
-                self.folder, subfolder=part, dtype=torch.float32
-            ).eval()
-        pipeline_class = getattr(diffusers, self.index["_class_name"])
-        known = inspect.signature(pipeline_class.__init__).parameters
-        parts |= dict.fromkeys(
-            name
-            for name, parameter in known.items()
-            if parameter.default is parameter.empty and name not in ("self", *parts)
-        )
-        for option in ("requires_safety_checker", "add_watermarker"):
-            if option in known:
-                parts[option] = False
-        if "force_zeros_for_empty_prompt" in self.index:
-            parts["force_zeros_for_empty_prompt"] = self.index["force_zeros_for_empty_prompt"]
-        pipeline = pipeline_class(**parts)
-        options: dict[str, Any] = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
-        asked = inspect.signature(pipeline.encode_prompt).parameters
-        options |= dict.fromkeys({"prompt_2", "prompt_3"} & set(asked))  # as `prompt`
-        rows = []
-        for prompt in prompts:
-            found = pipeline.encode_prompt(
-                prompt, **options, do_classifier_free_guidance=prompt == ""
-            )
-            # (hidden, negative hidden), or those and (pooled, negative pooled).
-            tensors = found[1::2] if prompt == "" else found[::2]
-            names = ["encoder_hidden_states", *([self.family.pooled] if self.family.pooled else [])]
-            rows.append({n: x[0].float().contiguous() for n, x in zip(names, tensors, strict=True)})
-        return rows
-
-    def _cache_file(self, prompt: str) -> Path:
-        """One file a prior and prompt. The encoders' files are listed, never opened."""
-        if Path(self.pretrained).is_dir():
-            files = [
-                file
-                for part in self.family.text_parts
-                for file in sorted(self.folder.glob(f"{part}/*"))
-            ]
-            version: Any = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-            if "force_zeros_for_empty_prompt" in self.index:
-                version.append(self.index["force_zeros_for_empty_prompt"])
-        else:
-            version = self.folder.name  # a hub snapshot's folder is named by its commit
-        key = json.dumps([self.pretrained, version, prompt])
-        return self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-
-    def _class_id(self, prompt: str) -> int:
-        if prompt not in self.classes:
-            names = [name for name in self.classes if name and not name.isdigit()]
-            numbers = [name for name in self.classes if name.isdigit()]
-            known = ", ".join(map(repr, [*names[:10], *(["…"] if len(names) > 10 else [])]))
-            raise ValueError(
-                f"{self.pretrained}: no class {prompt!r}; known are {known + ', ' if known else ''}"
-                f"the numbers {numbers[0]} to {numbers[-1]}, and '' for none"
-            )
-        return self.classes[prompt]
-
-    def _read_classes(self, file: str, config: dict[str, Any]) -> dict[str, int]:
-        """Prompts to class ids: '', the numbers, and the labels of model_index.json."""
-        if self.family.denoiser == "transformer":
-            null = self._number(file, config, "num_embeds_ada_norm")
-        else:
-            null = self._number(file, config, "num_class_embeds") - 1
-        classes = {"": null} | {str(number): number for number in range(null + 1)}
-        for number, labels in (self.index.get("id2label") or {}).items():
-            classes |= {label.strip(): int(number) for label in labels.split(",")}
-        return classes
-
-    def _read_scheduler(self) -> None:
-        scheduler = self._class("scheduler").from_pretrained(self.folder, subfolder="scheduler")
-        if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-            self.schedule = FlowSchedule(scheduler.config.num_train_timesteps)
-            self.prediction_type = "flow"
-            return
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"{self.pretrained}/scheduler: {type(scheduler).__name__} is not supported; one "
-                "with a DDPM grid (alphas_cumprod) or FlowMatchEulerDiscreteScheduler is"
-            )
-        self.schedule = Schedule(scheduler.alphas_cumprod)
-        self.prediction_type = scheduler.config.prediction_type
-        known = [kind for kind in get_args(PredictionType) if kind != "flow"]
-        if self.prediction_type not in known:
-            raise ValueError(
-                f"{self.pretrained}/scheduler: unknown prediction_type {self.prediction_type!r}; "
-                f"known are {', '.join(known)}"
-            )
-
-    def _read_vae_config(self) -> None:
-        """image_size, and how latents are scaled: z = (latent − shift) · scale."""
-        file = "vae/config.json"
-        config = self._json(file)
-        if self.index["vae"][1] != "AutoencoderKL":
-            raise ValueError(
-                f"{self.pretrained}: a {self.index['vae'][1]} is not supported; AutoencoderKL is"
-            )
-        if config.get("latents_mean") or config.get("latents_std"):
-            raise ValueError(f"{self.pretrained}/{file}: latents_mean/_std are not supported")
-        # What an old config does not say is as AutoencoderKL has it by default.
-        latent_channels = config.get("latent_channels", 4)
-        if latent_channels != self.channels:
-            raise ValueError(
-                f"{self.pretrained}: the vae's latents have {latent_channels} channels, the "
-                f"{self.family.denoiser} takes {self.channels}"
-            )
-        self.latent_scale = config.get("scaling_factor", 0.18215)
-        self.latent_shift = config.get("shift_factor") or 0.0
-        self._vae_dtype = torch.float32 if config.get("force_upcast", True) else self.dtype
-        self.image_size *= 2 ** (len(config.get("block_out_channels", [64])) - 1)
-
     def _loaded(self, model: Any) -> Any:
         if model is None:
             raise RuntimeError("call prior.to(device) before predict, encode or decode")
         return model
 
     def _load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
-        model = self._class(part).from_pretrained(self.folder, subfolder=part, torch_dtype=dtype)
-        return model.eval().requires_grad_(False)
-
-    def _number(self, file: str, config: dict[str, Any], key: str) -> int:
-        if not isinstance(config.get(key), int):
-            raise ValueError(f"{self.pretrained}/{file}: no number for {key!r}")
-        return config[key]
-
-    def _class(self, part: str) -> Any:
-        """The class that model_index.json names for a part of the pipeline."""
-        import diffusers
-        import transformers
-
-        library, name = self.index[part]
-        modules = {"diffusers": diffusers, "transformers": transformers}
-        if library not in modules or not hasattr(modules[library], name):
-            raise ValueError(f"{self.pretrained}/model_index.json: unknown {part} {library}.{name}")
-        return getattr(modules[library], name)
-
-    def _fetch(self, *patterns: str) -> Path:
-        """The pipeline's folder, with the files of `patterns` in it if it comes from the hub."""
-        folder = self._download(patterns)
-        for pattern in patterns:
-            if not any(folder.glob(pattern)):
-                raise self._missing(pattern)
-        return folder
-
-    def _fetch_weights(self, *parts: str) -> Path:
-        """The pipeline's folder, with the weights of `parts`; .bin where no safetensors are."""
-        kinds = ("json", "safetensors")
-        folder = self._download([f"{part}/*.{kind}" for part in parts for kind in kinds])
-        old = [f"{part}/*.bin" for part in parts if not weight_files(folder / part)]
-        if old:
-            with contextlib.suppress(FileNotFoundError):
-                self._download(old)
-        for part in parts:
-            if not weight_files(folder / part):
-                raise self._missing(f"{part}/*.safetensors")
-            for index in (folder / part).glob("*.safetensors.index.json"):
-                for name in set(self._json(f"{part}/{index.name}")["weight_map"].values()):
-                    if not (folder / part / name).exists():
-                        raise self._missing(f"{part}/{name}")
-        return folder
-
-    def _download(self, patterns: Sequence[str]) -> Path:
-        """The pipeline's folder; one of the hub's after fetching there what `patterns` name."""
-        folder = Path(self.pretrained)
-        if folder.is_dir():
-            return folder
-        if self.pretrained.count("/") != 1 or self.pretrained.startswith((".", "/")):
-            raise FileNotFoundError(f"no such folder: {self.pretrained}")
-        try:
-            snapshot = snapshot_download(
-                self.pretrained,
-                revision=self._commit or self.revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(VARIANTS),
-                # Said here: huggingface_hub 1 asks the hub for a commit's files even offline.
-                local_files_only=constants.HF_HUB_OFFLINE,
-            )
-        except GatedRepoError as error:
-            raise PermissionError(
-                f"{self.pretrained} is gated: accept its licence at "
-                f"https://huggingface.co/{self.pretrained} (logged in there), then log in here "
-                "with `hf auth login`, or set HF_TOKEN"
-            ) from error
-        except LocalEntryNotFoundError as error:
-            raise self._missing(*patterns) from error
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{self.pretrained} is no folder here, and the hub has no such model (or it is "
-                f"private, and `hf auth login` was not done): {error}"
-            ) from error
-        # All parts from one commit, even if somebody pushes another one meanwhile.
-        self._commit = Path(snapshot).name
-        return Path(snapshot)
-
-    def _missing(self, *patterns: str) -> FileNotFoundError:
-        """The error for files that are not here: which, and how to get them."""
-        files = ", ".join(patterns)
-        if Path(self.pretrained).is_dir():
-            return FileNotFoundError(
-                f"{self.pretrained} has no {files}: not a whole diffusers folder"
-            )
-        wanted = ["*.json", "*/*.safetensors", "tokenizer*/*"]
-        options = [f"--include '{pattern}'" for pattern in wanted]
-        options += [f"--exclude '{pattern}'" for pattern in VARIANTS]
-        if self.revision:
-            options.insert(0, f"--revision {self.revision}")
-        return FileNotFoundError(
-            f"{self.pretrained}: {files} not downloaded, and the hub cannot be reached "
-            "(no network, or HF_HUB_OFFLINE is set) or does not have it. Where there is network:\n"
-            f"  hf download {self.pretrained} {' '.join(options)}"
+        model = self._files.class_of(part).from_pretrained(
+            self.folder, subfolder=part, torch_dtype=dtype
         )
-
-    def _json(self, name: str) -> dict[str, Any]:
-        file = self.folder / name
-        if not file.exists():
-            raise self._missing(name)
-        try:
-            return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
+        return model.eval().requires_grad_(False)

@@ -47,7 +47,8 @@ class Prior(Protocol):
         channels: of z.
         latent: z is no picture but a latent, which has no bound.
         schedule: alpha_t and sigma_t.
-        identity: plain values that tell one prior from another; `digest` is compared.
+        identity: plain values that tell one prior from another: where it is from (pretrained,
+            revision), and as much as it can say of what `lmc.priors.check_identity` compares.
     """
 
     image_size: int

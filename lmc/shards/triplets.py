@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmc.priors import Embedding, Prior
+from lmc.priors import Embedding, Prior, check_identity, say_unchecked
 from lmc.schedule import TIME_RANGE, UniformTime, add_noise
 from lmc.shards.images import ImageBatch, decode_image, resize
 from lmc.shards.stream import BrokenSample, ShardStream
@@ -188,15 +188,20 @@ def check_origin(
         identity: `Prior.identity` of the training's prior.
         time_range: the training's.
 
+    Warns:
+        Of what could not be compared; see `lmc.priors.check_identity`.
+
     Raises:
         ValueError: names both.
     """
-    if any(origin["prior"].get(key) != identity.get(key) for key in ("digest", "prediction_type")):
+    try:
+        unchecked = check_identity(origin["prior"], identity)
+    except ValueError as error:
         raise ValueError(
-            "the triplets were sampled from another prior.\n"
-            f"  sampled from: {origin['prior']}\n  training for: {dict(identity)}\n"
+            f"the triplets were sampled from another prior.\n{error}\n"
             "Sample them from this one: lmc triplets …"
-        )
+        ) from error
+    say_unchecked("the triplets", unchecked)
     if tuple(origin["time_range"]) != tuple(time_range):
         raise ValueError(
             f"the triplets were sampled with time_range {list(origin['time_range'])}, "

@@ -154,7 +154,7 @@ class TrainingModule(LightningModule):
         checkpoint["batches_done"] = self.batches_done
         # What lmc.release needs to build the network again.
         network: Any = self.network
-        config = {name: plain(value) for name, value in network._hub_mixin_config.items()}
+        config = {name: plain(value) for name, value in network.arguments.items()}
         checkpoint["network"] = {"class": type(self.network).__name__, "config": config}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
