@@ -1,6 +1,7 @@
 """`lmc compare`: the translator of a configuration with one loss after another."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def compare(args: argparse.Namespace) -> None:
     print(f"written: {out}/table.md, results.json, grid.png")
     problem = ""
     try:
-        report.write([str(out)], out / "report.html")
+        # As the configuration has just said, where they may be a URL or command.
+        data = json.loads((out / "comparison.json").read_text())["config"]["data"]
+        report.write([str(out)], out / "report.html", shards=data["heldout"])
     except (OSError, ValueError) as error:  # what failed before it is to be said all the same
         problem = f"report.html is not written: {error}"
         print(problem, flush=True)

@@ -11,7 +11,7 @@ PICTURES = 6
 
 def report(args: argparse.Namespace) -> None:
     """Read results and runs, write the page."""
-    write(args.results, args.out, args.runs, args.pictures, args.against, args.title)
+    write(args.results, args.out, args.runs, args.pictures, args.against, args.title, args.shards)
 
 
 def write(
@@ -21,6 +21,7 @@ def write(
     pictures: int = PICTURES,
     against: str | None = None,
     title: str = TITLE,
+    shards: str | None = None,
 ) -> None:
     """Write the page and say so; the arguments are the command's."""
     result, seeds = _result(results, against)
@@ -39,7 +40,7 @@ def write(
             raise ValueError(f"two runs are named {name!r}: {folders[name]} and {folder}")
         folders[name] = folder
     trainings = {name: read_run(Path(folder)) for name, folder in folders.items()}
-    drawn = draw(result, _heldout(result), pictures, rows) if pictures else None
+    drawn = draw(result, _heldout(result, shards), pictures, rows) if pictures else None
     write_report(out, result, trainings, title, drawn, seeds)
     size = out.stat().st_size / 1e6
     print(f"written: {out} ({size:.1f} MB; one file, to be opened in a browser)")
@@ -70,11 +71,12 @@ def _result(names: Sequence[str], against: str | None) -> tuple[dict[str, Any], 
     return combine(results, against or rows[0]), seeds if len(results) == 1 else []
 
 
-def _heldout(result: dict[str, Any]) -> Any:
-    """The held-out images of a result, in batches."""
+def _heldout(result: dict[str, Any], shards: str | None) -> Any:
+    """The held-out images of a result, in batches; from `shards`, if the user names them."""
     from torch.utils.data import DataLoader
 
     from lmc.shards.images import ImageStream
+    from lmc.shards.stream import local_shards
 
     about = result["heldout"]
     if "image_size" not in about:
@@ -82,8 +84,8 @@ def _heldout(result: dict[str, Any]) -> Any:
             "the result does not say where its held-out images lie: leave the pictures out "
             "(--pictures 0)"
         )
-    stream = ImageStream(about["shards"], about["image_size"], 50, training=False)
-    return DataLoader(stream, batch_size=None)
+    found = shards or local_shards(about.get("shards"), "heldout.shards of the result")
+    return DataLoader(ImageStream(found, about["image_size"], 50, training=False), batch_size=None)
 
 
 def count(text: str) -> int:
@@ -125,6 +127,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=PICTURES,
         metavar="N",
         help="held-out images to translate and show; 0 leaves them out (%(default)s)",
+    )
+    command.add_argument(
+        "--shards",
+        metavar="PATTERN",
+        help="where the held-out images lie, if not where the result says; from a result only "
+        "files are taken, no URL or pipe: command",
     )
     command.add_argument(
         "--against",

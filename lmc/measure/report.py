@@ -79,8 +79,13 @@ class Run:
 
 
 def is_run(path: str) -> bool:
-    """Whether a path is a run folder, rather than a release, pictures or a hub id."""
-    return (Path(path) / "config.yaml").exists()
+    """Whether a path is a run folder, rather than a release, pictures or a hub id.
+
+    One that a training has written to: a result may name any folder, and a configuration is shown.
+    """
+    folder = Path(path)
+    trained = any(folder.glob("events.out.tfevents*")) or (folder / "checkpoints").is_dir()
+    return trained and (folder / "config.yaml").exists()
 
 
 def read_run(folder: Path) -> Run:
@@ -93,7 +98,7 @@ def read_run(folder: Path) -> Run:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not is_run(str(folder)):
-        raise FileNotFoundError(f"{folder} has no config.yaml: not a run folder")
+        raise FileNotFoundError(f"{folder} has no config.yaml of a training: not a run folder")
     about = folder / "about.json"
     try:
         sessions = json.loads(about.read_text())["sessions"] if about.exists() else []
@@ -143,7 +148,7 @@ def draw(
 
     Raises:
         ValueError: the images are others than those measured, or a row's outputs are.
-        OSError: a row's path is no longer there.
+        OSError: a row's path is no folder here; nothing is fetched.
     """
     keys = result["heldout"]["keys"][:count]
     found: dict[str, Tensor] = {}
@@ -171,6 +176,11 @@ def _translate(
     path = about.get("path")
     if path is None:
         raise ValueError(f"the result does not say what its row {row!r} was made with")
+    if not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"{path}, which the row {row!r} was made with, is no folder here, and what a result "
+            "names is not fetched: evaluate a folder, or leave the pictures out (--pictures 0)"
+        )
     outputs: Outputs
     if any(Path(path, name).is_dir() for name in result["settings"]["classes"]):
         outputs = Folder(Path(path))
