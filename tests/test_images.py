@@ -315,7 +315,7 @@ def test_a_file_with_the_name_of_a_command_is_a_file(trap, name):
     """As somebody may put one into a folder that a wildcard takes; however often it is expanded."""
     (trap.parent / "a.tar").rename(name)
     found = local_shards("*", "KEY")
-    assert expand_shards(expand_shards(found)) == found
+    assert expand_shards(expand_shards(found)) == found == local_shards(name, "KEY")
     stream = ImageStream(found, SIZE, 1, training=False)
     (batch,) = DataLoader(stream, batch_size=None)
     assert batch.key == ["k"] and not trap.exists()
@@ -448,8 +448,19 @@ def test_an_image_of_another_size_is_an_error(tmp_path, training):
         list(itertools.islice(stream, 3))
 
 
+@pytest.mark.parametrize("pattern", ["{a", "a-{0..3.tar", "{" * 9000, "${NAME}"])
+def test_what_is_no_pattern_is_named(pattern):
+    with pytest.raises(ValueError, match="is no pattern of shards") as caught:
+        expand_shards(pattern)
+    assert pattern[:200] in str(caught.value)
+
+
 def test_missing_shards_are_named(tmp_path):
     write_shards(tmp_path, 2, 1)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is a folder: name the shards in it"):
+        ImageStream(str(tmp_path), SIZE, 2, training=True)
+    with pytest.raises(ValueError, match="no shards are named"):
+        ImageStream([], SIZE, 2, training=True)
     for pattern, named in (
         ("none-*.tar", "none-"),
         ("none.tar", "none.tar"),

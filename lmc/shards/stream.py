@@ -34,10 +34,12 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: a pattern names nothing, or a file is missing.
-        ValueError: one of the first hundred is empty, cut off or damaged (the others are looked at
-            when they are opened); or a variable ${NAME} of a pattern is not set, as WDS_NAME.
+        ValueError: nothing is named, or no pattern; or one of the first hundred is empty, cut off
+            or damaged (the others are looked at when they are opened).
     """
     found = _expanded(shards)
+    if not found:
+        raise ValueError("no shards are named")
     for url in found[:CHECKED_FIRST]:
         check_shard(url)
     return found
@@ -68,7 +70,8 @@ def _expanded(shards: str | Sequence[str], where: str = "") -> list[str]:
     found: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
         for url in _alternatives(pattern):
-            if is_remote(url):
+            there = os.path.exists(url)
+            if is_remote(url) and not there:
                 if where:
                     raise ValueError(
                         f"{where} names {url!r}, a URL or command, and what a file says is never "
@@ -76,10 +79,11 @@ def _expanded(shards: str | Sequence[str], where: str = "") -> list[str]:
                     )
                 found.append(url)
                 continue
-            there = os.path.exists(url)
             files = sorted(glob.glob(url)) if glob.has_magic(url) and not there else [url]
             if not files or not os.path.exists(files[0]):
                 raise FileNotFoundError(f"no shards at {url}: prepare the data first (see data/)")
+            if os.path.isdir(files[0]):
+                raise FileNotFoundError(f"{files[0]} is a folder: name the shards in it, *.tar")
             # A file that bears the name of a URL or command stays a file.
             found += [f"./{file}" if is_remote(file) else file for file in files]
     return found
@@ -91,8 +95,8 @@ def _alternatives(pattern: str) -> list[str]:
         return [pattern]
     try:
         return wds.shardlists.expand_urls(pattern)
-    except AssertionError as error:
-        raise ValueError(f"{pattern}: {error}") from error
+    except (AssertionError, ValueError, RecursionError) as error:  # a variable, or odd braces
+        raise ValueError(f"{pattern[:200]} is no pattern of shards: {error}") from error
 
 
 def is_remote(url: str) -> bool:
