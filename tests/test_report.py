@@ -372,6 +372,51 @@ def test_a_command_in_a_result_is_refused(world, tmp_path, form):
     assert not (tmp_path / "made").exists() and not out.exists()
 
 
+def test_a_command_in_a_comparison_is_refused(world, tmp_path):
+    """Its comparison.json has the configuration, with the held-out shards."""
+    result = json.loads((world / "results.json").read_text())
+    out = tmp_path / "compared"
+    command = f"pipe:touch {tmp_path}/made"
+    contents = {
+        "results.json": {"losses": {"one": {"0": {}}}, "source": {}},
+        "comparison.json": {"config": {"data": {"heldout": command, "image_size": 16}}},
+    }
+    rows = {"source": "source", "one seed 0": "one"}
+    for name, folder in zip(rows, ("source", "one/seed0"), strict=True):
+        measured = {**result, "rows": {name: result["rows"][rows[name]]}, "differences": {}}
+        del measured["heldout"]["shards"]
+        contents[f"{folder}/evaluation.json"] = {"measured": measured}
+        result = json.loads((world / "results.json").read_text())
+    for name, content in contents.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps(content))
+    said = message(str(out), "--out", str(tmp_path / "report.html"))
+    assert "heldout.shards of the result names" in said and command in said
+    assert not (tmp_path / "made").exists()
+
+
+class Command:
+    """What a pickle can do."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_a_checkpoint_that_a_result_names_is_not_run(world, tmp_path):
+    run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    torch.save({"network": Command(tmp_path / "made")}, run / "last.ckpt")
+    result = json.loads((world / "results.json").read_text())
+    result["rows"]["two"]["path"] = str(run.parent)
+    (tmp_path / "sent.json").write_text(json.dumps(result))
+    said = message(str(tmp_path / "sent.json"), "--out", str(tmp_path / "report.html"))
+    assert "last.ckpt is no checkpoint that can be read" in said
+    assert not (tmp_path / "made").exists()
+
+
 def test_the_user_may_say_where_the_pictures_lie(world, tmp_path):
     """By a command too; they must be the same pictures all the same."""
     sent = changed(world, tmp_path, shards="moved/heldout-*.tar")
