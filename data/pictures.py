@@ -9,13 +9,14 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from lmc.shards.encoded import opened
 
 from sources import Skip, Source, read
 
@@ -56,7 +57,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         ValueError: floating-point pixels, whose range nothing tells.
-        Exception: whatever else Pillow raises for damaged data.
+        Exception: whatever else Pillow raises for damaged data; `opened` makes it a ValueError.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -76,11 +77,10 @@ def process(item: Item, options: Options) -> tuple[bytes, str] | Skip:
 
     A file that already is what it would become is copied: to encode a JPEG again costs quality.
     """
+    target = (options.size, options.size)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, once an image: nobody can use that
-            data = read(item.source)
-            image = Image.open(io.BytesIO(data))
+        data = read(item.source)
+        with opened(data) as image:
             shorter = min(image.size)
             if shorter < options.min_side:
                 return Skip("too small", item.source.where, f"{image.width} x {image.height}")
@@ -88,31 +88,26 @@ def process(item: Item, options: Options) -> tuple[bytes, str] | Skip:
             plain = (
                 image.format == wanted and image.mode == "RGB" and "transparency" not in image.info
             )
-            target = (options.size, options.size)
             if plain and image.size == target and image.getexif().get(0x0112, 1) == 1:
                 image.load()  # raises if it is damaged
                 return data, options.suffix
             # A JPEG decoder can halve for nothing; twice the target is left for the good filter.
             image.draft(None, (2 * options.size, 2 * options.size))
-            image = to_rgb(image)
-    except UnidentifiedImageError:
-        return Skip("cannot be read", item.source.where, "in no known format")
-    except Exception as error:  # of damaged data Pillow raises anything, struct.error, IndexError
-        return Skip(
-            "cannot be read", item.source.where, " ".join(str(error).split()) or repr(error)
-        )
-    side = min(image.size)
+            picture = to_rgb(image)
+    except (OSError, ValueError) as error:
+        return Skip("cannot be read", item.source.where, " ".join(str(error).split()))
+    side = min(picture.size)
     place = 0.5
     if options.crop == "random":  # seeded by content: the same crop in every run
         place = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
-    left, top = (round(place * (length - side)) for length in image.size)
+    left, top = (round(place * (length - side)) for length in picture.size)
     box = (left, top, left + side, top + side)
-    image = image.resize(target, Image.Resampling.LANCZOS, box=box)
+    picture = picture.resize(target, Image.Resampling.LANCZOS, box=box)
     file = io.BytesIO()
     if options.suffix == "jpg":
-        image.save(file, "jpeg", quality=95, subsampling=0)
+        picture.save(file, "jpeg", quality=95, subsampling=0)
     else:
-        image.save(file, "png")
+        picture.save(file, "png")
     return file.getvalue(), options.suffix
 
 

@@ -27,6 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lmc.files import whole
 from lmc.shards.images import heldout_digests, name_digest, write_shard
 from lmc.shards.stream import check_shard
 
@@ -548,9 +549,8 @@ def file_digest(path: Path) -> str:
 def write_text(path: Path, text: str) -> str:
     """Write a file whole or not at all; its SHA-256 in hexadecimal."""
     data = text.encode("utf-8", "surrogateescape")
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_bytes(data)
-    os.replace(partial_path, path)
+    with whole(path) as partial_file:
+        partial_file.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
 

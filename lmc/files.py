@@ -2,26 +2,75 @@
 
 import json
 import os
+import platform
 import re
+import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """A name to write under, in `file`'s folder, which is made; it becomes `file` at the end."""
+    """A name to write under, in `file`'s folder, which is made; it becomes `file` at the end.
+
+    The name is this writer's alone, so that of two that write the same file at once the later one
+    wins, whole. It begins with a dot and ends in '.partial': no wildcard takes it for a shard. It
+    is on the disk before it becomes `file`, and is removed if anything goes wrong; one that a
+    killed writer left is removed by the next who writes `file` on the same machine.
+
+    Raises:
+        OSError: there is no room or no right to write; `file` is as it was.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    yield partial
-    os.replace(partial, file)
+    mine = f".{file.name}.{platform.node()}-"
+    _remove_left(file.parent, mine)
+    partial = file.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        if file.exists():
+            shutil.copymode(file, partial)
+        _flush(partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    with suppress(OSError):  # not every file system can do that to a folder
+        _flush(file.parent)
+
+
+def _remove_left(folder: Path, mine: str) -> None:
+    """Remove what writers on this machine left that are no more; `mine` is how theirs begin."""
+    for name in os.listdir(folder):
+        found = re.fullmatch(rf"{re.escape(mine)}(\d+)-[0-9a-f]+\.partial", name)
+        if found and not _lives(int(found[1])):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is somebody else's, or no number of a process
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text."""
+    """Write a text, in UTF-8."""
     with whole(file) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, content: Any) -> None:

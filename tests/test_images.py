@@ -4,17 +4,25 @@ import hashlib
 import io
 import itertools
 import json
+import random
+import signal
+import struct
 import tarfile
+import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tv
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
+from lmc.shards import images
 from lmc.shards.images import (
     ImageBatch,
     ImageStream,
@@ -25,7 +33,7 @@ from lmc.shards.images import (
     to_uint8,
     write_shard,
 )
-from lmc.shards.stream import ROUND
+from lmc.shards.stream import ROUND, expand_shards, local_shards
 from lmc.training.data import ImageData
 
 import worlds
@@ -68,6 +76,15 @@ SHARDS, EACH = ROUND + 3, 3  # a pass is two rounds, of unequal length
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shards(tmp_path_factory.mktemp("shards"), SHARDS, EACH)
+
+
+# Of damaged images Pillow has raised each of these; a MemoryError is of sizes it believed.
+RAISED = [
+    *(struct.error("unpack"), IndexError("out of range"), zlib.error("incorrect"), KeyError(3)),
+    *(SyntaxError("not a TIFF"), TypeError("no int"), OverflowError("too large"), MemoryError()),
+    *(Image.DecompressionBombError("large"), RecursionError(), EOFError(), AttributeError("x")),
+    *(ZeroDivisionError(), AssertionError(), NotImplementedError(), RuntimeError("decoder")),
+]
 
 
 def training_batches(
@@ -140,6 +157,44 @@ def test_training_sees_every_sample_equally_often(train, workers):
     assert max(counts.values()) - min(counts.values()) <= max(workers, 1)
 
 
+def test_the_order_of_training_is_the_one_it_always_was(tmp_path):
+    """Written down: what runs have trained on, and a resumed run goes on with, follows from it.
+
+    The shuffle is webdataset's: if this fails, it has changed there (or our use of it has).
+    """
+    shards = write_shards(tmp_path, 3, 4)
+    one = sum(keys(training_batches(shards, 0, 4)), [])
+    assert one == [
+        *("00-00", "00-02", "01-02", "01-03", "01-00", "02-00", "02-01", "02-03"),
+        *("00-01", "00-03", "02-02", "01-01", "01-03", "00-00", "00-02", "01-01"),
+    ]
+    assert keys(training_batches(shards, 2, 4, seed=7, rank=1, world_size=2)) == [
+        ["00-00", "00-02", "00-03", "01-02"],
+        ["02-01", "00-00", "02-00", "02-03"],
+        ["00-01", "01-00", "01-03", "01-01"],
+        ["00-01", "02-02", "01-02", "01-03"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("batch_size", x) for x in (0, -1)),
+        *(("shuffle", x) for x in (0, -5)),
+        *(("image_size", x) for x in (0, -64)),
+        ("limit", 0),
+        ("rank", -1),
+        ("rank", 2),
+        ("world_size", 0),
+        ("world_size", -2),
+    ],
+)
+def test_numbers_out_of_range_are_named_before_anything_is_read(name, value):
+    given = {"image_size": SIZE, "batch_size": 4, "rank": 0, "world_size": 2} | {name: value}
+    with pytest.raises(ValueError, match=name):
+        ImageStream("nowhere.tar", training=True, **given)
+
+
 # ---------------------------------------------------------------------------------------------
 # Held-out
 
@@ -197,6 +252,77 @@ def test_a_command_that_fails_or_is_cut_off_ends_the_stream_with_an_error(
         list(itertools.islice(stream, 30))
 
 
+@pytest.fixture
+def trap(tmp_path, monkeypatch) -> Path:
+    """A file that a command in the name of a shard would make; beside a real shard, a.tar."""
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "a.tar", {"k.png": picture(), "k.json": LABEL})
+    return tmp_path / "made"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "pipe:touch made; cat a.tar",
+        "a.tar::pipe:touch made; cat a.tar",
+        "{a.tar,pipe:touch made}",
+        "pip{e:touch made,}",
+        " pipe:touch made",
+        "\tpi\npe:touch made",
+        "PIPE:touch made",
+        "-",
+        "http://somewhere/a.tar",
+        "http:somewhere/a.tar",
+        "hf://datasets/a/b/a.tar",
+        "file:///a.tar",
+        "s3:a.tar",
+    ],
+)
+def test_a_url_or_command_that_a_file_names_is_refused(trap, url):
+    for shards in (url, ["a.tar", url]):
+        with pytest.raises(
+            ValueError, match=r"results\.json: heldout\.shards names .*--shards"
+        ) as e:
+            local_shards(shards, "results.json: heldout.shards")
+        assert any(word in str(e.value) for word in ("touch made", "a.tar", "'-'"))
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("value", [None, 3, {"a": 1}, ["a.tar", None], [["a.tar"]]])
+def test_what_is_no_path_of_shards_is_refused(trap, value):
+    with pytest.raises(ValueError, match="KEY is no path of shards"):
+        local_shards(value, "KEY")
+
+
+def test_paths_that_a_file_names_are_read_as_the_users_are(trap):
+    write_shards(trap.parent, 3, 2)
+    for pattern in ("train-*.tar", "train-{00000..00002}.tar", f"{trap.parent}/train-*.tar"):
+        assert local_shards(pattern, "KEY") == expand_shards(pattern)
+        assert len(local_shards([pattern], "KEY")) == 3
+    with pytest.raises(FileNotFoundError, match="no shards at none"):
+        local_shards("none-*.tar", "KEY")
+    with pytest.raises(ValueError, match="WDS_HOME"):
+        local_shards("${HOME}/a.tar", "KEY")
+    assert len(expand_shards("pipe:touch made")) == 1, "what the user types is taken"
+    assert not trap.exists(), "but not run before it is read"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pipe:touch made", "b.tar::pipe:touch made", "{b,pipe:touch made}.tar", "-", "b[1].tar"],
+)
+def test_a_file_with_the_name_of_a_command_is_a_file(trap, name):
+    """As somebody may put one into a folder that a wildcard takes; however often it is expanded."""
+    (trap.parent / "a.tar").rename(name)
+    found = local_shards("*", "KEY")
+    assert expand_shards(expand_shards(found)) == found == local_shards(name, "KEY")
+    stream = ImageStream(found, SIZE, 1, training=False)
+    (batch,) = DataLoader(stream, batch_size=None)
+    assert batch.key == ["k"] and not trap.exists()
+    stream = ImageStream(f"./{name}", SIZE, 1, training=False)
+    assert [b.key for b in stream] == [["k"]] and not trap.exists()
+
+
 def test_a_batch_holds_pictures_keys_and_labels(tmp_path):
     values = (-1.0, 0.2, 1.0)  # (0.2 + 1) · 127.5 = 153 is a byte
     files: dict[str, bytes] = {}
@@ -215,6 +341,19 @@ def test_a_batch_holds_pictures_keys_and_labels(tmp_path):
 # What is broken
 
 
+def bomb(width: int, height: int) -> bytes:
+    """The head of a PNG that tells of that many pixels; none follow."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+BOMB = bomb(10_000, 10_000)  # Pillow warns of as many, and refuses twice as many
+
+
 def broken_files() -> dict[str, bytes]:
     """Two good samples around one of each broken kind."""
     noise = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -231,13 +370,28 @@ def broken_files() -> dict[str, bytes]:
         "halfjson.json": b'{"label": "ca',
         "listjson.png": picture(),
         "listjson.json": b'["cat"]',
+        "numberlabel.png": picture(),
+        "numberlabel.json": b'{"label": 3}',
+        "listlabel.png": picture(),
+        "listlabel.json": b'{"label": ["cat", {}]}',
+        "deepjson.png": picture(),
+        "deepjson.json": b"[" * 200_000,
+        "hugejson.png": picture(),
+        "hugejson.json": b'{"label": ' + b"9" * 10_000 + b"}",
+        "notext.png": picture(),
+        "notext.json": b"\xff\xfe\x00",
+        "bomb.png": BOMB,
+        "bomb.json": LABEL,
         "noimage.json": LABEL,
         "good1.png": picture(),
         "good1.json": LABEL,
     }
 
 
-BROKEN = {"truncated", "nojson", "nolabel", "halfjson", "listjson", "noimage"}
+BROKEN = {
+    *("truncated", "nojson", "nolabel", "halfjson", "listjson", "noimage", "numberlabel"),
+    *("listlabel", "deepjson", "hugejson", "notext", "bomb"),
+}
 
 
 @pytest.mark.parametrize("kind", sorted(BROKEN))
@@ -260,7 +414,8 @@ def test_training_goes_on_past_broken_samples(tmp_path):
     batches = list(itertools.islice(stream, 10))
     assert Counter(sum(keys(batches), [])) == {"good0": 10, "good1": 10}
     # A batch of two is one pass; the broken after its last good one are the next batch's.
-    assert sum(len(batch.skipped) for batch in batches) == pytest.approx(50, abs=5)
+    kinds = len(BROKEN) - 1
+    assert sum(len(batch.skipped) for batch in batches) == pytest.approx(10 * kinds, abs=kinds)
 
 
 def test_skipped_samples_are_counted_and_logged(tmp_path):
@@ -293,8 +448,19 @@ def test_an_image_of_another_size_is_an_error(tmp_path, training):
         list(itertools.islice(stream, 3))
 
 
+@pytest.mark.parametrize("pattern", ["{a", "a-{0..3.tar", "{" * 9000, "${NAME}"])
+def test_what_is_no_pattern_is_named(pattern):
+    with pytest.raises(ValueError, match="is no pattern of shards") as caught:
+        expand_shards(pattern)
+    assert pattern[:200] in str(caught.value)
+
+
 def test_missing_shards_are_named(tmp_path):
     write_shards(tmp_path, 2, 1)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is a folder: name the shards in it"):
+        ImageStream(str(tmp_path), SIZE, 2, training=True)
+    with pytest.raises(ValueError, match="no shards are named"):
+        ImageStream([], SIZE, 2, training=True)
     for pattern, named in (
         ("none-*.tar", "none-"),
         ("none.tar", "none.tar"),
@@ -327,6 +493,124 @@ def test_a_damaged_shard_is_named_at_construction(tmp_path, kind):
     path.write_bytes(damaged(kind, path.read_bytes()))
     with pytest.raises(ValueError, match=r"train-00001\.tar"):
         ImageStream(f"{tmp_path}/train-*.tar", SIZE, 2, training=True)
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 12, b"\x80" + b"\xff" * 11, b"77777777777\0"])
+def test_a_header_that_tells_an_absurd_size_is_an_error(tmp_path, size):
+    """A negative one (in base 256) would be walked over again and again."""
+    write_shards(tmp_path, 1, 3)
+    path = tmp_path / "train-00000.tar"
+    data = bytearray(path.read_bytes())
+    start = data.index(b"00-01.png")
+    data[start + 124 : start + 136] = size
+    data[start + 148 : start + 156] = b" " * 8
+    data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    path.write_bytes(data)
+    with within(5), pytest.raises(ValueError, match=r"train-00000\.tar is damaged after 2 files"):
+        ImageStream(str(path), SIZE, 2, training=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Damage at random
+
+
+class Hung(BaseException):
+    """No Exception, lest it be taken for one of Pillow's."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise `Hung` if it takes longer."""
+
+    def hung(*_: object) -> None:
+        raise Hung
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def damages(data: bytes, count: int, seed: str) -> Iterator[tuple[bytes, bool]]:
+    """Cut off somewhere, in turns with a few bytes changed; and whether it was cut."""
+    rng = random.Random(seed)
+    for i in range(count):
+        if i % 2:
+            yield data[: rng.randrange(len(data))], True
+            continue
+        changed = bytearray(data)
+        # Half of them in the head, where sizes, tables and lengths are.
+        end = len(data) if i % 4 else min(len(data), 100)
+        for _ in range(rng.choice((1, 1, 2, 5, 20))):
+            changed[rng.randrange(end)] = rng.randrange(256)
+        yield bytes(changed), False
+
+
+FUZZED: dict[str, dict[str, Any]] = {
+    "png": {},
+    "jpeg": {
+        "quality": 90,
+        "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0",
+    },
+    "webp": {"lossless": True},
+    "progressive jpeg": {"progressive": True},
+    "lossy webp": {"quality": 80},
+    "palette png": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize("kind", FUZZED)
+def test_a_damaged_image_is_an_image_or_a_value_error(kind):
+    """Seeded; 510 in all. None crashes or hangs, and none that is cut off is read in part."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    if kind == "palette png":
+        image = image.quantize(16)
+    data = encoded(image, kind.split()[-1], **FUZZED[kind])
+    intact = decode_image(data)
+    read = 0
+    for damaged_data, cut in damages(data, 85, kind):
+        with within(5):
+            try:
+                found = decode_image(damaged_data, "this one")
+            except ValueError as error:
+                assert str(error).startswith("this one: ") and "object at 0x" not in str(error)
+                continue
+        read += 1
+        assert found.dtype == torch.float32 and found.ndim == 3 and found.shape[0] == 3
+        assert found.min() >= -1 and found.max() <= 1
+        if cut:
+            assert torch.equal(found, intact), "a part of an image"
+    assert 0 < read < 60, "of 85, some are harmless and most are not"
+
+
+@pytest.mark.parametrize("error", RAISED)
+def test_whatever_pillow_raises_is_a_value_error(monkeypatch, error):
+    def load(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(ValueError, match=r"^this one: .") as caught:
+        decode_image(picture(), "this one")
+    assert caught.value.__cause__ is not None
+
+
+def test_an_error_of_ours_does_not_hide_as_one_of_the_image(monkeypatch):
+    def wrong(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(images, "from_uint8", wrong)
+    with pytest.raises(KeyError, match="a bug"):
+        decode_image(picture())
+
+
+@pytest.mark.parametrize("side", [10_000, 14_000, 2**31 - 1])
+def test_a_bomb_is_a_value_error_before_it_goes_off(side):
+    with within(5), pytest.raises(ValueError, match=r"this one: Image size .* exceeds limit"):
+        decode_image(bomb(side, side), "this one")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import random
 import signal
 import struct
@@ -20,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from test_images import BOMB, RAISED, damages
 
 from lmc.shards.images import ImageStream, heldout_names
 
@@ -28,8 +30,8 @@ DATA = Path(__file__).parents[1] / "data"
 sys.path.insert(0, str(DATA))
 
 import shards  # noqa: E402
-from pictures import Options  # noqa: E402
-from sources import Source  # noqa: E402
+from pictures import Item, Options, process  # noqa: E402
+from sources import Skip, Source  # noqa: E402
 
 
 def script(name: str) -> ModuleType:
@@ -233,6 +235,7 @@ DAMAGED = {
     "cut.jpg": encoded(noise(5, 64, 64), "jpeg")[:-600],
     "cut.png": encoded(noise(6, 64, 64))[:-600],
     "float.tif": encoded(np.ones((8, 8), np.float32), "tiff"),
+    "bomb.png": BOMB,
 }
 
 
@@ -247,14 +250,44 @@ def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path):
     write(source / "._hidden.jpg", b"what a Mac leaves")
     write(source / ".cache" / "a.png", encoded(noise(8)))
     photos(source, "--out", out, "--size=8")
-    counts = {"cannot be read": 5, "too small": 1, "duplicate": 1, "no image by its suffix": 1}
+    counts = {"cannot be read": 6, "too small": 1, "duplicate": 1, "no image by its suffix": 1}
     assert index(out)["skipped"] == counts
     assert index(out)["train"] + index(out)["heldout"] == len(samples(out)) == 3
     lines = [line.split("\t") for line in (out / "skipped.txt").read_text().splitlines()]
     named = {Path(name).name: (reason, detail) for reason, name, detail in lines}
     assert {name for name, (reason, _) in named.items() if reason == "cannot be read"} == {*DAMAGED}
     assert named["small.png"] == ("too small", "8 x 7")
-    assert named["readme.txt"][0] == "no image by its suffix" and len(lines) == 8
+    assert named["readme.txt"][0] == "no image by its suffix" and len(lines) == 9
+
+
+def test_damaged_images_are_skipped_whatever_is_raised(tmp_path):
+    """150 seeded damages of three kinds: each becomes an image, or is skipped and named."""
+    count = 0
+    for kind, data in (
+        ("png", encoded(noise(0, 24, 24))),
+        ("jpeg", encoded(noise(1, 24, 24), "jpeg")),
+        ("webp", encoded(noise(2, 24, 24), "webp")),
+    ):
+        for i, (damaged, _) in enumerate(damages(data, 50, kind)):
+            write(tmp_path / "in" / f"{kind}{i}.{kind}", damaged)
+            count += 1
+    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8")
+    about = index(tmp_path / "out")
+    assert set(about["skipped"]) <= {"cannot be read", "too small", "duplicate"}
+    assert 0 < about["train"] + about["heldout"] == len(samples(tmp_path / "out"))
+    assert about["train"] + about["heldout"] + sum(about["skipped"].values()) == count
+
+
+@pytest.mark.parametrize("error", RAISED)
+def test_whatever_pillow_raises_is_a_skip(tmp_path, monkeypatch, error):
+    def load(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    path = write(tmp_path / "a.png", encoded(noise(0)))
+    source = Source(str(path), "a.png", "x", path.stat().st_size)
+    skip = process(Item(source, "a", "a.png"), Options(8, "png", 8, 1))
+    assert isinstance(skip, Skip) and skip.reason == "cannot be read" and skip.detail
 
 
 def test_small_images_are_taken_where_asked_for(tmp_path):
@@ -628,6 +661,13 @@ def test_the_number_of_processes_changes_nothing(tmp_path, straight):
     assert tree(out) == tree(expected)
 
 
+def left_by_a_killed_run(file: Path) -> None:
+    """Half of a file, under the name it has until it is whole, of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (file.parent / f".{file.name}.{platform.node()}-{process.pid}-0a.partial").write_bytes(b"half")
+
+
 def test_what_is_not_whole_is_made_again(tmp_path, straight):
     """A tar without its record, one cut off after it, one of zeros, a lost one, half a file."""
     source, expected = straight
@@ -640,7 +680,7 @@ def test_what_is_not_whole_is_made_again(tmp_path, straight):
     (out / "train-00002.tar").write_bytes(cut[: len(cut) // 2])
     (out / "train-00003.tar").unlink()
     (out / "train-00005.tar").write_bytes(bytes((out / "train-00005.tar").stat().st_size))
-    (out / "train-00004.partial").write_bytes(b"half")
+    left_by_a_killed_run(out / "train-00004.tar")
     (out / ".plan" / "train-00004.json").unlink()
     (out / "index.json").unlink()
     kept = (out / "train-00000.tar").stat().st_mtime_ns

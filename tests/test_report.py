@@ -177,6 +177,39 @@ def test_names_are_escaped(world, tmp_path):
     assert scatter and NASTY in html.unescape(scatter[0]), "not taken for TeX either"
 
 
+def test_what_a_result_says_is_text_on_the_page(world, runs, tmp_path):
+    """Nothing that a result, or a run that it names, holds becomes a part of the page."""
+    evil = '<script>"x"</script><img src=x onerror=alert(1)>'
+    result = json.loads((world / "results.json").read_text())
+    result["rows"][evil] = result["rows"].pop("two")
+    result["differences"][evil] = result["differences"].pop("two")
+    result["left_out"].append(evil)
+    result["heldout"] |= {"excluded": [evil], "digest": evil, "shards": evil}
+    result["settings"]["versions"]["lmc"] = evil
+    result["settings"]["clip"] = evil
+    run = shutil.copytree(runs / "one", tmp_path / evil.replace("/", "\\"))
+    (run / "config.yaml").write_text(f"a: !!python/object/apply:os.mkdir [{tmp_path}/made]\n{evil}")
+    about = json.loads((run / "about.json").read_text())
+    about["sessions"][-1] |= {"hardware": evil, "versions": {evil: evil}}
+    (run / "about.json").write_text(json.dumps(about))
+    result["rows"][evil]["path"] = str(run)
+    (tmp_path / "results.json").write_text(json.dumps(result))
+    out = tmp_path / "report.html"
+    main(
+        [
+            "report",
+            str(tmp_path / "results.json"),
+            "--pictures=0",
+            f"--title={evil}",
+            f"--out={out}",
+        ]
+    )
+    text = out.read_text()
+    assert html.unescape(text).count(evil) >= 12
+    assert "<img src=x" not in text and text.count("<script>") == 1
+    assert "!!python" in html.unescape(text) and not (tmp_path / "made").exists()
+
+
 def test_plots_are_of_the_result_and_in_the_pages_colours(world, runs, tmp_path):
     text = page_of(world, tmp_path, "--runs", str(runs / "one"), str(runs / "corrector"))
     plots = re.findall(r"<figcaption>([^<]*)</figcaption><svg ", text)
@@ -400,6 +433,117 @@ def test_pictures_of_something_else_are_refused(world, tmp_path):
     assert "are not those that were measured" in message(results, "--out", out)
     main(["report", results, "--pictures", "0", "--out", out])
     assert 'class="picture"' not in Path(out).read_text()
+
+
+def changed(world: Path, tmp_path: Path, **heldout: Any) -> Path:
+    """The result with something else in its 'heldout'."""
+    result = json.loads((world / "results.json").read_text())
+    result["heldout"] |= heldout
+    (tmp_path / "sent.json").write_text(json.dumps(result))
+    return tmp_path / "sent.json"
+
+
+@pytest.mark.parametrize("form", ["{}", "{}::{}", "{{{},x.tar}}", " {}"])
+def test_a_command_in_a_result_is_refused(world, tmp_path, form):
+    """It was run, with a shell."""
+    url = f"pipe:touch {tmp_path}/made; cat {world}/shards/heldout-00000.tar"
+    sent = changed(world, tmp_path, shards=form.format(url, url))
+    out = tmp_path / "report.html"
+    said = message(str(sent), "--out", str(out))
+    assert "heldout.shards of the result names" in said and f"touch {tmp_path}/made" in said
+    assert "--shards" in said
+    for shards in (None, 3, [["x"]]):
+        sent = changed(world, tmp_path, shards=shards)
+        assert "is no path of shards" in message(str(sent), "--out", str(out))
+    assert not (tmp_path / "made").exists() and not out.exists()
+
+
+def test_a_command_in_a_comparison_is_refused(world, tmp_path):
+    """Its comparison.json has the configuration, with the held-out shards."""
+    result = json.loads((world / "results.json").read_text())
+    out = tmp_path / "compared"
+    command = f"pipe:touch {tmp_path}/made"
+    contents = {
+        "results.json": {"losses": {"one": {"0": {}}}, "source": {}},
+        "comparison.json": {"config": {"data": {"heldout": command, "image_size": 16}}},
+    }
+    rows = {"source": "source", "one seed 0": "one"}
+    for name, folder in zip(rows, ("source", "one/seed0"), strict=True):
+        measured = {**result, "rows": {name: result["rows"][rows[name]]}, "differences": {}}
+        del measured["heldout"]["shards"]
+        contents[f"{folder}/evaluation.json"] = {"measured": measured}
+        result = json.loads((world / "results.json").read_text())
+    for name, content in contents.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps(content))
+    said = message(str(out), "--out", str(tmp_path / "report.html"))
+    assert "heldout.shards of the result names" in said and command in said
+    assert not (tmp_path / "made").exists()
+
+
+class Command:
+    """What a pickle can do."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_a_checkpoint_that_a_result_names_is_not_run(world, tmp_path):
+    run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    torch.save({"network": Command(tmp_path / "made")}, run / "last.ckpt")
+    result = json.loads((world / "results.json").read_text())
+    result["rows"]["two"]["path"] = str(run.parent)
+    (tmp_path / "sent.json").write_text(json.dumps(result))
+    said = message(str(tmp_path / "sent.json"), "--out", str(tmp_path / "report.html"))
+    assert "last.ckpt is no checkpoint that can be read" in said
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_user_may_say_where_the_pictures_lie(world, tmp_path):
+    """By a command too; they must be the same pictures all the same."""
+    sent = changed(world, tmp_path, shards="moved/heldout-*.tar")
+    out = tmp_path / "report.html"
+    assert "no shards at moved/" in message(str(sent), "--out", str(out))
+    command = f"pipe:touch {tmp_path}/made; cat {world}/shards/heldout-{{00000..00001}}.tar"
+    main(["report", str(sent), "--shards", command, "--pictures=2", "--out", str(out)])
+    assert out.read_text().count('class="picture"') == 2 * 3 * 2 and (tmp_path / "made").exists()
+    other = f"{world}/shards/train-*.tar"
+    assert "not those that were measured" in message(
+        str(sent), "--shards", other, "--out", str(out)
+    )
+
+
+@pytest.mark.parametrize("path", ["someone/translator", "https://somewhere/x", "pipe:touch made"])
+def test_what_a_result_was_made_with_is_not_fetched(world, tmp_path, path, monkeypatch):
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lmc.hub.hf_hub_download", fetched)
+    result = json.loads((world / "results.json").read_text())
+    result["rows"]["two"]["path"] = path
+    (tmp_path / "sent.json").write_text(json.dumps(result))
+    said = message(str(tmp_path / "sent.json"), "--out", str(tmp_path / "report.html"))
+    assert f"{path}, which the row 'two' was made with, is no folder here" in said
+    assert "--pictures 0" in said and [x.name for x in tmp_path.iterdir()] == ["sent.json"]
+
+
+def test_a_folder_that_no_training_wrote_is_not_shown(world, tmp_path):
+    """A result that somebody sent may name any folder; its config.yaml may hold a password."""
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "config.yaml").write_text("password: open sesame")
+    result = json.loads((world / "results.json").read_text())
+    result["rows"]["two"]["path"] = str(private)
+    (tmp_path / "sent.json").write_text(json.dumps(result))
+    out = tmp_path / "report.html"
+    main(["report", str(tmp_path / "sent.json"), "--pictures=0", "--out", str(out)])
+    assert "sesame" not in out.read_text()
+    assert "not a run folder" in message(str(tmp_path / "sent.json"), "--runs", str(private))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """Triplets sampled once into shards, and trainings from them."""
 
+import io
 import itertools
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,11 +30,13 @@ from lmc.cli import main
 from lmc.priors import DiffusersPrior, Embedding
 from lmc.schedule import Schedule, add_noise
 from lmc.shards.images import ImageStream, resize, write_shard
-from lmc.shards.store import TripletSet, draw_for, write_triplets
+from lmc.shards.store import TripletSet, draw_for, summary, write_triplets
 from lmc.shards.triplets import (
+    RECORD,
     TripletBatch,
     TripletStream,
     check_origin,
+    read_npy,
     sample_triplets,
     triplet_origin,
 )
@@ -62,7 +68,7 @@ def write_config(file: Path, prior: Path, world: str, **changes: Any) -> Path:
 
 
 def command(config: Path, out: Path, *more: str) -> list[str]:
-    return ["triplets", f"--config={config}", f"--out={out}", f"--times_per_image={TIMES}", *more]
+    return ["triplets", str(config), f"--out={out}", f"--times_per_image={TIMES}", *more]
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +419,52 @@ def test_training_shuffles_images_and_times(stored):
     assert neighbours < 24, "of 48 that shared an image"
 
 
-@pytest.mark.parametrize("kind", ["no z", "no z_hat", "cut z_hat", "another shape", "no t", "half"])
+def npy(shape: str, data: bytes = b"", dtype: str = "<f2") -> bytes:
+    """A .npy file by its format's description, whatever it holds."""
+    head = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+
+
+class Command:
+    """What a pickle can do."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def pickled(file: Path) -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.array([Command(file)], dtype=object), allow_pickle=True)
+    return out.getvalue()
+
+
+NPY = {
+    "a huge shape": npy("(1000000000, 1000000, 3, 16)"),
+    "no shape": npy("()", b"12"),
+    "a negative shape": npy("(3, -1, 16, 16)", bytes(3 * 3 * 16 * 16 * 2)),
+    "no numbers": npy("(0, 3, 16, 16)"),
+    "another type": npy("(3, 3, 16, 16)", bytes(3 * 3 * 16 * 16 * 8), "<f8"),
+    "not finite": npy("(3, 3, 16, 16)", b"\xff" * (3 * 3 * 16 * 16 * 2)),
+    "a code for a shape": npy("__import__('os').system('touch made')"),
+    "brackets for a shape": npy("(" * 5000),
+    "nothing": b"",
+    "a zip": b"PK\x03\x04" + bytes(100),
+    "text": b"<html>404</html>",
+}
+KINDS = ["no z", "no z_hat", "cut z_hat", "another shape", "no t", "half", "pickle", *NPY]
+ABOUT = {
+    "t is a word": {"t": "abc"},
+    "t is out of range": {"t": [0.5, 7.0, 0.5]},
+    "t is nested": {"t": [[0.5], 0.5, 0.5]},
+    "origin is a word": {"origin": "pipe:touch made"},
+    "prior is a word": {"origin": {"prior": "echo", "time_range": [0, 1]}},
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *ABOUT])
 def test_a_broken_triplet_is_skipped_and_named(stored, tmp_path, kind):
     with tarfile.open(stored / "train-00000.tar") as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar if m.name < "00003"}
@@ -430,11 +481,92 @@ def test_a_broken_triplet_is_skipped_and_named(stored, tmp_path, kind):
         files["00001.json"] = json.dumps(about | {"t": []}).encode()
     elif kind == "half":
         files["00001.json"] = files["00001.json"][:20]
+    elif kind == "pickle":
+        files["00001.z_hat.npy"] = pickled(tmp_path / "made")
+    elif kind in NPY:
+        files["00001.z_hat.npy"] = NPY[kind]
+    elif kind in ABOUT:
+        files["00001.json"] = json.dumps(about | ABOUT[kind]).encode()
     path = write_tar(tmp_path / "a.tar", files)
     (batch,) = TripletStream(str(path), 2 * TIMES, training=False)
     assert batch.key == ["00000"] * TIMES + ["00002"] * TIMES
-    assert len(batch.skipped) == (1 if kind in ("no t", "half") else TIMES)
+    assert len(batch.skipped) == (1 if kind in ("no t", "half", *ABOUT) else TIMES)
     assert all("00001 in" in what for what in batch.skipped)
+    assert not (tmp_path / "made").exists()
+
+
+def test_npy_files_are_read_as_numpy_reads_them():
+    rng = np.random.default_rng(0)
+    for shape in ((3, 2, 4), (1,), (), (2, 0)):
+        array = rng.standard_normal(shape).astype(np.float16)
+        for each in (array, np.asfortranarray(array)):
+            file = io.BytesIO()
+            np.save(file, each)
+            np.testing.assert_array_equal(read_npy(file.getvalue()), array)
+
+
+def test_damaged_npy_files_are_value_errors_and_make_no_room():
+    """500 seeded damages, half of them to the header."""
+    file = io.BytesIO()
+    np.save(file, np.zeros((2, 3, 8, 8), np.float16))
+    intact, rng, read = file.getvalue(), random.Random(0), 0
+    for i in range(500):
+        data = bytearray(intact if i % 5 else intact[: rng.randrange(len(intact))])
+        for _ in range(rng.choice((1, 2, 10)) if data and i % 5 else 0):
+            data[rng.randrange(min(len(data), 128 if i % 2 else 10**6))] = rng.randrange(256)
+        tracemalloc.start()
+        try:
+            read += read_npy(bytes(data)).nbytes <= len(intact)
+        except ValueError:
+            pass
+        finally:
+            _, most = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert most < 1e6
+    assert 0 < read < 400
+
+
+def test_the_origin_is_told_past_broken_triplets(stored, tmp_path):
+    with tarfile.open(stored / "train-00000.tar") as tar:
+        files = {m.name: tar.extractfile(m).read() for m in tar if m.name < "00003"}
+    files["00000.json"] = b"{"
+    path = str(write_tar(tmp_path / "a.tar", files))
+    assert triplet_origin(path) == triplet_origin(f"{stored}/train-*.tar")
+    broken = {name: b"{" if name.endswith("json") else data for name, data in files.items()}
+    with pytest.raises(ValueError, match=r"no triplet of .*b\.tar can be read, last: 00002 in"):
+        triplet_origin(str(write_tar(tmp_path / "b.tar", broken)))
+
+
+def test_what_the_record_of_a_set_names_is_not_run(stored, tmp_path):
+    """Names in triplets.json are looked for in its folder; what it was made of is not at all."""
+    out = shutil.copytree(stored, tmp_path / "set")
+    record = json.loads((out / RECORD).read_text())
+    command = f"pipe:touch {tmp_path}/made"
+    for name in record["shards"]:
+        record["shards"][name] = command
+    (out / RECORD).write_text(json.dumps(record))
+    assert summary(out)["shards_done"] == len(record["shards"])
+    next(iter(TripletStream(f"{out}/train-*.tar", 4, training=True)))
+    record["shards"] |= {command: command}
+    (out / RECORD).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="1 of 5 shards of triplets are not there"):
+        TripletStream(f"{out}/train-*.tar", 4, training=True)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "image_size", "times_per_image", "rank"])
+def test_numbers_out_of_range_are_named(tmp_path, name):
+    """Before a shard is looked for."""
+    given = {"batch_size": 4, "image_size": 16, "times_per_image": 1, "rank": 0} | {
+        name: -1 if name == "rank" else 0
+    }
+    size, times = given.pop("image_size"), given.pop("times_per_image")
+    with pytest.raises(ValueError, match=name):
+        write_triplets(Echo(), TripletSet(("none.tar",), size, times), tmp_path / "out", **given)
+    if name in ("batch_size", "rank"):
+        with pytest.raises(ValueError, match=name):
+            TripletStream("none.tar", training=True, **given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_triplets_of_two_priors_are_not_mixed(stored, data, tmp_path):

@@ -95,7 +95,7 @@ def compare(
     try:
         # Of each loss its first seed, as lmc evaluate would have it.
         write_json(out / "evaluation.json", read_comparison(out)[0])
-        report([str(out)], out=out / "report.html")
+        report([str(out)], out=out / "report.html", shards=common["data"]["heldout"])
     except (OSError, ValueError) as error:  # what failed before it is to be said all the same
         lines.append(f"report.html is not written: {error}")
         print(lines[-1], flush=True)

@@ -336,10 +336,11 @@ def _result(names: Sequence[str], against: str | None) -> tuple[dict[str, Any], 
 
 
 def _heldout(result: dict[str, Any], shards: str | None) -> Any:
-    """The held-out images of a result, in batches."""
+    """The held-out images of a result, in batches; from `shards`, if the user names them."""
     from torch.utils.data import DataLoader
 
     from lmc.shards.images import ImageStream
+    from lmc.shards.stream import local_shards
 
     about = result["heldout"]
     if "image_size" not in about:
@@ -347,5 +348,5 @@ def _heldout(result: dict[str, Any], shards: str | None) -> Any:
             "the result does not say where its held-out images lie: leave the pictures out "
             "(--pictures 0)"
         )
-    stream = ImageStream(shards or about["shards"], about["image_size"], 50, training=False)
-    return DataLoader(stream, batch_size=None)
+    found = shards or local_shards(about.get("shards"), "heldout.shards of the result")
+    return DataLoader(ImageStream(found, about["image_size"], 50, training=False), batch_size=None)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor, distributed
 
 from lmc.measure.metrics import (
@@ -32,6 +31,7 @@ from lmc.measure.metrics import (
     winners,
 )
 from lmc.measure.results import Measured, check_keys, merge, pixel_digest, result
+from lmc.shards.encoded import opened
 from lmc.shards.images import SUFFIXES, ImageBatch, decode_image, from_uint8, to_uint8
 from lmc.translator import Translator
 
@@ -174,9 +174,9 @@ class Folder:
         first: tuple[Path, tuple[int, int]] | None = None
         for file in itertools.chain.from_iterable(x.values() for x in self.files.values()):
             try:
-                with Image.open(file) as image:
+                with opened(file.read_bytes()) as image:
                     size = image.size
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"{file} cannot be read: {error}") from error
             first = first or (file, size)
             if size != first[1] or size[0] != size[1]:

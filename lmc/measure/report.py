@@ -64,7 +64,7 @@ def draw(
 
     Raises:
         ValueError: the images are others than those measured, or a row's outputs are.
-        OSError: a row's path is no longer there.
+        OSError: a row's path is no folder here; nothing is fetched.
     """
     keys = result["heldout"]["keys"][:count]
     found: dict[str, Tensor] = {}
@@ -92,6 +92,11 @@ def _translate(
     path = about.get("path")
     if path is None:
         raise ValueError(f"the result does not say what its row {row!r} was made with")
+    if not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"{path}, which the row {row!r} was made with, is no folder here, and what a result "
+            "names is not fetched: evaluate a folder, or leave the pictures out (--pictures 0)"
+        )
     outputs: Outputs
     if any(Path(path, name).is_dir() for name in result["settings"]["classes"]):
         outputs = Folder(Path(path))

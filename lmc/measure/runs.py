@@ -48,8 +48,13 @@ class Run:
 
 
 def is_run(path: str) -> bool:
-    """Whether a path is a run folder, rather than a release, pictures or a hub id."""
-    return (Path(path) / "config.yaml").exists()
+    """Whether a path is a run folder, rather than a release, pictures or a hub id.
+
+    One that a training has written to: a result may name any folder, and a configuration is shown.
+    """
+    folder = Path(path)
+    trained = any(folder.glob("events.out.tfevents*")) or (folder / "checkpoints").is_dir()
+    return trained and (folder / "config.yaml").exists()
 
 
 def read_run(folder: Path) -> Run:
@@ -62,7 +67,7 @@ def read_run(folder: Path) -> Run:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not is_run(str(folder)):
-        raise FileNotFoundError(f"{folder} has no config.yaml: not a run folder")
+        raise FileNotFoundError(f"{folder} has no config.yaml of a training: not a run folder")
     about = folder / "about.json"
     try:
         sessions = json.loads(about.read_text())["sessions"] if about.exists() else []

@@ -5,7 +5,6 @@ KEY.json with at least {"label": the class}.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmc.shards.stream import BrokenSample, ShardStream, write_members
+from lmc.shards.encoded import opened
+from lmc.shards.stream import (
+    BrokenSample,
+    ShardStream,
+    about_of,
+    at_least_one,
+    where_of,
+    write_members,
+)
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
 
@@ -49,14 +56,15 @@ def decode_image(data: bytes, where: str = "image") -> Tensor:
         ValueError: the data is no whole image; `where` is named.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(data) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8
-                grey = np.asarray(upright).astype(np.float32) / 65535 * 2 - 1
-                return torch.from_numpy(grey).expand(3, -1, -1).clone()
-            pixels = np.asarray(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+            sixteen = upright.mode.startswith("I")  # grey, which Pillow would clip to 8 bits
+            pixels = np.asarray(upright if sixteen else upright.convert("RGB"))
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    if sixteen:
+        grey = pixels.astype(np.float32).clip(0, 65535) / 65535 * 2 - 1
+        return torch.from_numpy(grey).expand(3, -1, -1).clone()
     return from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
 
 
@@ -92,8 +100,8 @@ class ImageStream(ShardStream):
         image_size: the side in pixels that every image must have.
 
     Raises:
-        FileNotFoundError, ValueError: see `expand_shards`; or, while reading, an image of another
-            size (naming the shard and the key).
+        FileNotFoundError, ValueError: see `ShardStream`; image_size is less than 1; or, while
+            reading, an image of another size (naming the shard and the key).
     """
 
     members = "KEY.png and KEY.json"
@@ -110,6 +118,7 @@ class ImageStream(ShardStream):
         world_size: int = 1,
         limit: int | None = None,
     ) -> None:
+        at_least_one(image_size=image_size)
         super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size, limit)
         self.image_size = image_size
 
@@ -124,12 +133,10 @@ class ImageStream(ShardStream):
         return ImageBatch(stacked, list(keys), list(labels), position, skipped)
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, str, str]:
-        key, url = sample["__key__"], sample["__url__"]
-        where = f"{key} in {url}"
-        try:
-            label = json.loads(sample["json"])["label"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise BrokenSample(f"{where}: no KEY.json with a label ({error!r})") from error
+        key, where = sample["__key__"], where_of(sample)
+        label = about_of(sample).get("label")
+        if not isinstance(label, str):
+            raise BrokenSample(f"{where}: no KEY.json with a label, a word")
         data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
         if data is None:
             raise BrokenSample(f"{where}: no image ({', '.join(SUFFIXES)})")

@@ -21,7 +21,13 @@ from lmc.priors import Embedding, Prior
 from lmc.progress import Progress
 from lmc.schedule import TIME_RANGE, check_time_range
 from lmc.shards.images import ImageBatch, ImageStream, from_uint8, resize, to_uint8
-from lmc.shards.stream import check_shard, expand_shards, write_members
+from lmc.shards.stream import (
+    at_least_one,
+    check_rank,
+    check_shard,
+    expand_shards,
+    write_members,
+)
 from lmc.shards.triplets import RECORD, draw_for_key, sample_triplets, triplet_origin
 
 # ---------------------------------------------------------------------------------------------
@@ -51,8 +57,7 @@ class TripletSet:
 
     def __post_init__(self) -> None:
         check_time_range(self.time_range)
-        if self.times_per_image < 1:
-            raise ValueError(f"times_per_image must be at least 1, got {self.times_per_image}")
+        at_least_one(image_size=self.image_size, times_per_image=self.times_per_image)
 
 
 def write_triplets(
@@ -81,11 +86,12 @@ def write_triplets(
 
     Raises:
         FileNotFoundError: see `expand_shards`.
-        ValueError: `out` holds triplets made with something else; the shards hold triplets
-            already, or nothing that can be read; a z_hat has no place in float16.
+        ValueError: a number is out of its range; `out` holds triplets made with something else;
+            the shards hold triplets already, or nothing that can be read; a z_hat has no place in
+            float16.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in [0, {world_size}), the world_size, got {rank}")
+    at_least_one(batch_size=batch_size)
+    check_rank(rank, world_size)
     urls = expand_shards(what.shards)
     shards = dict(zip(_names(urls), urls, strict=True))
     if triplet_origin(urls) is not None:

@@ -2,15 +2,20 @@
 
 import glob
 import itertools
+import json
 import os
 import random
+import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from lmc.files import whole
 
 CHECKED_FIRST = 100  # shards whose every header is read before anything starts
 
@@ -20,28 +25,89 @@ ROUND = 8  # shards that a training stream shuffles together and a resumed run m
 def expand_shards(shards: str | Sequence[str]) -> list[str]:
     """All shards that a pattern (or several) names, checked as far as that costs nothing.
 
+    A URL or 'pipe:' command is run when it is read: for what the user typed. What stands in a file
+    goes through `local_shards`.
+
     Args:
         shards: a path with wildcards or braces ('cats/train-*.tar', 'train-{00000..00009}.tar'),
             or a URL or 'pipe:' command, which are taken as they are.
 
     Raises:
         FileNotFoundError: a pattern names nothing, or a file is missing.
-        ValueError: one of the first hundred is empty, cut off or damaged (the others are looked at
-            when they are opened).
+        ValueError: nothing is named, or no pattern; or one of the first hundred is empty, cut off
+            or damaged (the others are looked at when they are opened).
     """
-    found: list[str] = []
-    for pattern in [shards] if isinstance(shards, str) else shards:
-        for url in wds.shardlists.expand_urls(pattern):
-            if "://" in url or url.startswith("pipe:"):
-                found.append(url)
-                continue
-            files = sorted(glob.glob(url)) if glob.has_magic(url) else [url]
-            if not files or not Path(files[0]).exists():
-                raise FileNotFoundError(f"no shards at {url}: prepare the data first (see data/)")
-            found += files
+    found = _expanded(shards)
+    if not found:
+        raise ValueError("no shards are named")
     for url in found[:CHECKED_FIRST]:
         check_shard(url)
     return found
+
+
+def local_shards(shards: Any, where: str) -> list[str]:
+    """`expand_shards` for what a file names, which somebody else may have written: paths only.
+
+    Args:
+        shards: what stands there.
+        where: in which file and key, for messages.
+
+    Returns:
+        Files that are there; a stream takes them as they are.
+
+    Raises:
+        FileNotFoundError, ValueError: see `expand_shards`; or it names a URL or a command, or is
+            no text or list of texts.
+    """
+    patterns = [shards] if isinstance(shards, str) else shards
+    if not isinstance(patterns, list | tuple) or not all(isinstance(x, str) for x in patterns):
+        raise ValueError(f"{where} is no path of shards: {shards!r}")
+    return expand_shards(_expanded(patterns, where))
+
+
+def _expanded(shards: str | Sequence[str], where: str = "") -> list[str]:
+    """See `expand_shards`; with `where`, local files alone."""
+    found: list[str] = []
+    for pattern in [shards] if isinstance(shards, str) else shards:
+        for url in _alternatives(pattern):
+            there = os.path.exists(url)
+            if is_remote(url) and not there:
+                if where:
+                    raise ValueError(
+                        f"{where} names {url!r}, a URL or command, and what a file says is never "
+                        "run or fetched: name the shards yourself (--shards), if you trust it"
+                    )
+                found.append(url)
+                continue
+            files = sorted(glob.glob(url)) if glob.has_magic(url) and not there else [url]
+            if not files or not os.path.exists(files[0]):
+                raise FileNotFoundError(f"no shards at {url}: prepare the data first (see data/)")
+            if os.path.isdir(files[0]):
+                raise FileNotFoundError(f"{files[0]} is a folder: name the shards in it, *.tar")
+            # A file that bears the name of a URL or command stays a file.
+            found += [f"./{file}" if is_remote(file) else file for file in files]
+    return found
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """What a pattern of webdataset's stands for: braces, 'A::B', ${NAME} for WDS_NAME."""
+    if os.path.exists(pattern):  # a file's name is no pattern; thus expanded twice is once
+        return [pattern]
+    try:
+        return wds.shardlists.expand_urls(pattern)
+    except (AssertionError, ValueError, RecursionError) as error:  # a variable, or odd braces
+        raise ValueError(f"{pattern[:200]} is no pattern of shards: {error}") from error
+
+
+def is_remote(url: str) -> bool:
+    """Whether webdataset takes it for a URL, a command or its standard input: 'pipe:', 's3:', '-'.
+
+    By what it does: it drops white space and control characters, and looks at no '//'.
+    """
+    return (
+        url == "-"
+        or re.match(r"[a-z][a-z0-9+.-]*:", re.sub(r"[\0-\x20]", "", url), re.I) is not None
+    )
 
 
 def check_shard(url: str) -> None:
@@ -52,7 +118,7 @@ def check_shard(url: str) -> None:
     """
     if not url.endswith(".tar") or not Path(url).exists():
         return
-    members = 0
+    members, length = 0, os.path.getsize(url)
     with open(url, "rb") as file:
         while (header := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
             try:
@@ -61,6 +127,8 @@ def check_shard(url: str) -> None:
                 raise ValueError(
                     f"{url} is damaged after {members} files ({error}): prepare it again"
                 ) from error
+            if not 0 <= size <= length:  # of a negative one this would read the same again for ever
+                raise ValueError(f"{url} is damaged after {members} files: prepare it again")
             file.seek(-(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, os.SEEK_CUR)
             members += 1
     if not members or len(header) < tarfile.BLOCKSIZE:
@@ -82,13 +150,13 @@ class ShardStream(IterableDataset):
         batch_size: samples a batch; the last one of a single pass may be smaller.
         training: endless and shuffled, or one pass.
         seed: of the order.
-        shuffle: samples in the shuffle buffer.
+        shuffle: samples in the shuffle buffer; of one there is no shuffling within shards.
         rank, world_size: of this process.
         limit: of a single pass, how many samples of the shards it is over, the first ones; None is
             all.
 
     Raises:
-        FileNotFoundError, ValueError: see `expand_shards`.
+        FileNotFoundError, ValueError: see `expand_shards`; a number is out of its range.
     """
 
     members = ""  # what a sample consists of, for messages
@@ -104,6 +172,9 @@ class ShardStream(IterableDataset):
         world_size: int = 1,
         limit: int | None = None,
     ) -> None:
+        at_least_one(batch_size=batch_size, shuffle=shuffle)
+        at_least_one(limit=1 if limit is None else limit)
+        check_rank(rank, world_size)
         self.urls = expand_shards(shards)
         self.batch_size, self.training, self.limit = batch_size, training, limit
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
@@ -170,7 +241,8 @@ class ShardStream(IterableDataset):
             samples = self.samples(order[part * ROUND : (part + 1) * ROUND])
             rng = _random(self.seed, self.rank, worker, "round", number)
             count = 0
-            for sample in wds.filters._shuffle(samples, self.shuffle, self.shuffle, rng=rng):
+            shuffled = wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)
+            for sample in shuffled(samples):
                 count += 1
                 if count > offset:
                     yield sample, (worker, number, count)
@@ -211,7 +283,11 @@ class ShardStream(IterableDataset):
             for url in urls:
                 if len(self.urls) > CHECKED_FIRST:
                     check_shard(url)
-                yield from wds.DataPipeline(wds.SimpleShardList([url]), wds.tarfile_to_samples())
+                if is_remote(url):
+                    yield from wds.tarfile_to_samples()([{"url": url}])
+                    continue
+                with open(url, "rb") as file:  # not by webdataset: it looks for commands in names
+                    yield from group_by_keys(tar_file_expander([{"url": url, "stream": file}]))
 
         return itertools.islice(every(), limit)
 
@@ -220,16 +296,58 @@ class BrokenSample(ValueError):
     """A sample that cannot be read and may be skipped."""
 
 
+def where_of(sample: Mapping[str, Any]) -> str:
+    """A raw sample for messages: 'KEY in SHARD'."""
+    return f"{sample['__key__']} in {sample['__url__']}"
+
+
+def about_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a raw sample's KEY.json.
+
+    Raises:
+        BrokenSample: there is none, or it is no JSON object.
+    """
+    try:
+        about = json.loads(sample["json"])
+    except (KeyError, ValueError, RecursionError) as error:  # the last one of brackets alone
+        raise BrokenSample(f"{where_of(sample)}: no KEY.json ({error!r})") from error
+    if not isinstance(about, dict):
+        raise BrokenSample(f"{where_of(sample)}: KEY.json is no object")
+    return about
+
+
+def at_least_one(**numbers: int) -> None:
+    """Refuse a number below 1.
+
+    Raises:
+        ValueError: one is; it is named.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Refuse a process that cannot be.
+
+    Raises:
+        ValueError: there is no such rank.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), the world_size, got {rank}")
+
+
 def write_members(path: Path, samples: Iterable[dict[str, Any]]) -> int:
     """Write one shard of any samples, as `write_shard`: "__key__" and bytes by suffix each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     count = 0
-    with open(partial, "wb") as file, wds.TarWriter(file, mtime=0) as tar:
+    with (
+        whole(path) as partial,
+        open(partial, "wb") as file,
+        wds.TarWriter(file, mtime=0) as tar,
+    ):
         for sample in samples:
             tar.write(sample)
             count += 1
-    os.replace(partial, path)
     return count
 
 

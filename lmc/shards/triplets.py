@@ -14,6 +14,7 @@ z is rounded to what is stored before the prior sees it: z_hat belongs to the st
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lmc.priors import Embedding, Prior, check_identity, say_unchecked
 from lmc.schedule import TIME_RANGE, UniformTime, add_noise
 from lmc.shards.images import ImageBatch, decode_image, resize
-from lmc.shards.stream import BrokenSample, ShardStream
+from lmc.shards.stream import BrokenSample, ShardStream, about_of, where_of
 
 RECORD = "triplets.json"  # beside the shards: what they were made with
 
@@ -166,16 +168,23 @@ def triplets_of(
 def triplet_origin(shards: str | Sequence[str]) -> dict[str, Any] | None:
     """'prior' (its identity) and 'time_range' of triplet shards; None of shards of images.
 
-    Reads the first sample.
+    Reads the first sample, and those after it as long as they are broken.
 
     Raises:
-        FileNotFoundError, ValueError: see `expand_shards`.
+        FileNotFoundError, ValueError: see `expand_shards`; or no triplet can be read.
     """
     stream = ShardStream(shards, 1, training=False)
-    first = next(iter(stream.samples(stream.urls[:1])), {})
-    if "z_hat.npy" not in first:
-        return None
-    return _about(first)["origin"]
+    broken = None
+    for sample in stream.samples(stream.urls[:1]):
+        if "z_hat.npy" not in sample:
+            break
+        try:
+            return _about(sample)["origin"]
+        except BrokenSample as error:
+            broken = error
+    if broken:
+        raise ValueError(f"no triplet of {stream.urls[0]} can be read, last: {broken}")
+    return None
 
 
 def check_origin(
@@ -259,7 +268,7 @@ class TripletStream(ShardStream):
                 yield {**sample, "repetition": repetition}
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, Tensor, float, str]:
-        about, where = _about(sample), f"{sample['__key__']} in {sample['__url__']}"
+        about, where = _about(sample), where_of(sample)
         if about["origin"] != self.origin:
             raise ValueError(
                 f"{where} is of another origin than the first triplet: {about['origin']}, "
@@ -267,15 +276,17 @@ class TripletStream(ShardStream):
             )
         repetition = sample["repetition"]
         try:
-            z_hat = torch.from_numpy(np.load(io.BytesIO(sample["z_hat.npy"]))[repetition]).float()
+            z_hat = _float32(read_npy(sample["z_hat.npy"])[repetition])
             if "png" in sample:
                 z = decode_image(sample["png"])
             else:
-                z = torch.from_numpy(np.load(io.BytesIO(sample["z.npy"]))).float()
-        except (KeyError, IndexError, ValueError, EOFError, OSError) as error:
+                z = _float32(read_npy(sample["z.npy"]))
+        except (KeyError, IndexError, ValueError) as error:
             raise BrokenSample(f"{where}: {error!r}") from error
         if z.shape != z_hat.shape:
             raise BrokenSample(f"{where}: z is {tuple(z.shape)}, z_hat {tuple(z_hat.shape)}")
+        if not (z.isfinite().all() and z_hat.isfinite().all()):
+            raise BrokenSample(f"{where}: not finite")
         return z, z_hat, about["t"][repetition], sample["__key__"]
 
     def _collate(
@@ -292,13 +303,41 @@ class TripletStream(ShardStream):
         return TripletBatch(torch.stack(z), torch.stack(z_hat), times, list(key), position, skipped)
 
 
+def read_npy(data: bytes) -> NDArray[np.float16]:
+    """A .npy file of float16; nothing but numbers is read, and no more of them than there are.
+
+    `numpy.load` would make room for whatever shape the header tells.
+
+    Raises:
+        ValueError: it is none, or has not as many numbers as its shape says.
+    """
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not of version 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # the header is Python's syntax, of which anything can go wrong
+        raise ValueError(f"no .npy file: {error!r}") from error
+    if dtype != np.float16:
+        raise ValueError(f"of {dtype}, not of float16")
+    numbers = np.frombuffer(data, dtype, offset=file.tell())
+    if min(shape, default=0) < 0 or math.prod(shape) != len(numbers):
+        raise ValueError(f"of shape {shape}, with {len(numbers)} numbers")
+    return numbers.reshape(shape, order="F" if fortran else "C")
+
+
+def _float32(numbers: NDArray[np.float16]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
 def _about(sample: dict[str, Any]) -> dict[str, Any]:
     """KEY.json of a triplet sample."""
-    try:
-        about = json.loads(sample["json"])
-        if len(about["t"]) and {"prior", "time_range"} <= about["origin"].keys():
-            return about
-        raise ValueError("no times")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        where = f"{sample['__key__']} in {sample['__url__']}"
-        raise BrokenSample(f"{where}: no KEY.json with t and origin ({error!r})") from error
+    about = about_of(sample)
+    t, origin = about.get("t"), about.get("origin")
+    numbers = isinstance(t, list) and all(isinstance(x, float) and 0 < x < 1 for x in t)
+    if not t or not numbers or not isinstance(origin, dict):
+        raise BrokenSample(f"{where_of(sample)}: no KEY.json with t and origin")
+    prior, time_range = origin.get("prior"), origin.get("time_range")
+    if not isinstance(prior, dict) or not isinstance(time_range, list):
+        raise BrokenSample(f"{where_of(sample)}: the origin lacks a prior or time_range")
+    return about

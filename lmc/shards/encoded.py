@@ -1,0 +1,34 @@
+"""Encoded images, opened by Pillow. No torch: processes that only prepare data start without it."""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image, UnidentifiedImageError
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """An encoded image, opened. Whatever Pillow raises of it is one error, so that it is caught.
+
+    Only what Pillow does belongs into the block: there a fault of ours would look like one of the
+    image. Pixels are read when they are first used; of an image that is cut off, never some.
+
+    Args:
+        data: the file's content.
+
+    Raises:
+        ValueError: it is no whole image, or has more pixels than Pillow takes for safe
+            (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, once an image: nobody can use that
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                yield image
+    except UnidentifiedImageError as error:
+        raise ValueError("in no known format") from error
+    except Exception as error:  # of damaged data anything: struct.error, IndexError, zlib.error …
+        raise ValueError(" ".join(str(error).split()) or repr(error)) from error
