@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from lmc import __version__
 from lmc.filter import FilterCorrector
 from lmc.load import Network, load_averaged
+from lmc.measure.comparison import read_comparison
 from lmc.measure.results import numbers
 from lmc.translator import Translator
 
@@ -127,7 +128,7 @@ def release(
         datasets: of that, what is on the hub, by id.
         prior_license: the prior and its licence.
         best: its checkpoints/best.ckpt, by held-out R-Precision, in place of last.ckpt.
-        results: lmc evaluate's JSON, for the card.
+        results: lmc evaluate's JSON, or a folder of lmc compare, for the card.
         row: which row of it is this network's.
         picture: a PNG for the card.
 
@@ -167,7 +168,9 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def read_results(file: Path | None, row: str | None) -> dict[str, Any]:
-    """The numbers by name of one row of `lmc evaluate`'s JSON, or of any JSON of numbers.
+    """The numbers by name of a row of `lmc evaluate`'s JSON, or of any JSON of numbers.
+
+    Or of a folder of `lmc compare`, whose rows are the losses, with their first seeds.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -178,7 +181,8 @@ def read_results(file: Path | None, row: str | None) -> dict[str, Any]:
             raise ValueError(f"--row {row} is of --results: name that file too")
         return {}
     try:
-        results = dict(json.loads(file.read_bytes()))
+        content = read_comparison(file)[0] if file.is_dir() else json.loads(file.read_bytes())
+        results = dict(content)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} holds no JSON of results: {error}") from error
     if row is None:

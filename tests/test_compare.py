@@ -37,6 +37,7 @@ from lmc.measure.results import numbers
 from lmc.measure.tables import markdown, seeds_table
 from lmc.priors import DiffusersPrior
 from lmc.priors.prompts import TextPrompts
+from lmc.release import read_results
 from lmc.shards.images import ImageStream
 from lmc.specs import LOSSES, parse_specs
 
@@ -420,7 +421,7 @@ def test_a_training_whose_time_is_not_known(world, trained, copy):
     for row in results(copy)["cond"].values():
         assert row["seconds"] is None and row["steps"] == STEPS
     markdown = (copy / "table.md").read_text()
-    assert cells(markdown, "cond")[5] == "–" and cells(markdown, "sds")[5] != "–"
+    assert cells(markdown, "cond")[7] == "–" and cells(markdown, "sds")[7] != "–"
 
 
 def damage(out: Path, run: str, change: Callable[[dict], object]) -> None:
@@ -480,6 +481,14 @@ def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
     assert "1 trainings failed" in message(*args(world, copy, "cond,sds", "--seeds", "0,1"))
     assert "sds is not in grid.png: no room" in capsys.readouterr().out
     assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
+
+
+def test_a_release_takes_its_numbers_from_a_comparison(finished):
+    found = read_results(finished, "cond")
+    row = results(finished)["cond"]["0"]
+    assert found["distance"] == pytest.approx(row["distance"]) and found["images"] == row["images"]
+    with pytest.raises(ValueError, match="has no row 'dds'; it has source, cond, sds"):
+        read_results(finished, "dds")
 
 
 def test_what_was_finished_before_is_kept(world, trained, copy):
@@ -725,7 +734,7 @@ def test_progress_comes_from_numbers_not_from_prose(tmp_path, monkeypatch, capfd
     trainings = Trainings({"a": 50}, {"a": 1.0})
     trainings.run([lambda: trainings.train("a", python(source), tmp_path / "log")], 1)
     printed = capfd.readouterr().err
-    assert "a 25/50" in printed and "49/50" not in printed and "left" in printed
+    assert "a 30/50" in printed and "49/50" not in printed and "left" in printed
 
 
 def test_trainings_side_by_side_have_gpus_of_their_own(tmp_path):

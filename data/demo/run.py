@@ -70,7 +70,7 @@ def main() -> None:
     for name in LOSSES:
         lmc(
             *("release", COMPARISON / name / "seed0", "--out", OUT / "release" / name),
-            *("--results", COMPARISON / "evaluation.json", "--row", name),
+            *("--results", COMPARISON, "--row", name),
             *("--picture", COMPARISON / "grid.png"),
         )
     lmc(

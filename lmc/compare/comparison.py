@@ -11,7 +11,7 @@ from lmc.compare.runs import recorded, run_of, train_all
 from lmc.configs import parse_seeds
 from lmc.files import write_json, write_text
 from lmc.measure.commands import report
-from lmc.measure.comparison import read_comparison, rows_over_seeds
+from lmc.measure.comparison import rows_over_seeds
 from lmc.measure.metrics import Clip
 from lmc.measure.tables import markdown
 from lmc.specs import parse_specs
@@ -32,10 +32,9 @@ def compare(
 ) -> None:
     """Train the translator with several losses and measure each; one table, picture and report.
 
-    OUT gets results.json (numbers), evaluation.json (a result as of lmc evaluate), table.md,
-    grid.png and report.html, and a run folder LOSS/seedK each, with log.txt. What is done there
-    already is not done again, and stays in all of them. A training that fails does not end the
-    others; the exit status is 1 then.
+    OUT gets results.json, table.md, grid.png and report.html, and a run folder LOSS/seedK each,
+    with log.txt. What is done there already is not done again, and stays in all of them. A training
+    that fails does not end the others; the exit status is 1 then.
 
     Args:
         training: configuration of train_translator.py, or several, each over the one before.
@@ -91,18 +90,17 @@ def compare(
     # Of each loss the first seed that did not fail.
     shown = {run.spec.label: run.folder for run in reversed(runs) if run.name not in failed}
     lines += draw(dict(reversed(shown.items())), common, out)
-    print(f"written: {out}/table.md, results.json, evaluation.json, grid.png")
+    print(f"written: {out}/table.md, results.json, grid.png")
+    problem = ""
     try:
-        # Of each loss its first seed, as lmc evaluate would have it.
-        write_json(out / "evaluation.json", read_comparison(out)[0])
         report([str(out)], out=out / "report.html", shards=common["data"]["heldout"])
     except (OSError, ValueError) as error:  # what failed before it is to be said all the same
-        lines.append(f"report.html is not written: {error}")
-        print(lines[-1], flush=True)
-    if failed or len(lines) > 1:
+        problem = f"report.html is not written: {error}"
+        print(problem, flush=True)
+    if lines:
         sys.exit(
             f"lmc: {len(lines)} trainings failed, or could not be measured; the same command tries "
             "them again"
         )
-    if lines:
-        sys.exit(f"lmc: {lines[0]}")
+    if problem:
+        sys.exit(f"lmc: {problem}")
