@@ -24,6 +24,7 @@ from lmc.specs import LOSSES
 from lmc.training.base import NonFiniteGradient, StepDecay
 from lmc.training.callbacks import AtomicCheckpointIO
 from lmc.training.cli import ConfigReader, TrainingCLI
+from lmc.training.processes import LeaveOnSignal
 from lmc.training.translator import Ramp, TranslatorTraining
 
 import worlds
@@ -92,8 +93,9 @@ def test_plugins_of_the_user_stay(tiny_prior_folder, data, tmp_path):
     slurm = "lightning.pytorch.plugins.environments.SLURMEnvironment"
     more = [f"--trainer.plugins={slurm}", "--trainer.plugins.auto_requeue=false"]
     trainer = train_bias.main([*args, *more]).trainer
-    environment = trainer._accelerator_connector.cluster_environment
-    assert type(environment).__name__ == "SLURMEnvironment" and not environment.auto_requeue
+    (leave,) = (each for each in trainer.callbacks if isinstance(each, LeaveOnSignal))
+    assert type(leave.environment).__name__ == "SLURMEnvironment"
+    assert not leave.environment.auto_requeue
     assert type(trainer.strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
 
 

@@ -258,15 +258,24 @@ class TrainingModule(LightningModule):
             )
 
     def log_by_time(self, name: str, values: Tensor, t: Tensor) -> None:
-        """Log per-sample `values` (B,) as means over bins of t (B,), where a bin has any."""
+        """Log per-sample `values` (B,) as means over bins of t (B,), where a bin has any.
+
+        Of the last batch of each `trainer.log_every_n_steps`-th step: a look waits for the device.
+        """
         trainer: Any = self.trainer
-        every = trainer.log_every_n_steps
-        # The step is not counted yet; in the others Lightning writes nothing.
-        if every == 0 or (self.global_step + 1) % every:
+        every, batches = trainer.log_every_n_steps, trainer.accumulate_grad_batches
+        if not trainer.is_global_zero or every == 0 or self.batches_done % batches:
             return
-        bins = time_bin(t, TIME_BINS)
-        for i in bins.unique().tolist():
-            self.log(f"{name}/t{i / TIME_BINS:.1f}", values[bins == i].mean())
+        # Not by way of `log`: Lightning counts the steps to write by itself, and one too many after
+        # it went on with a run that was at its end. What it does not write would be lost.
+        if (self.global_step + 1) % every == 0:
+            bins = time_bin(t, TIME_BINS)
+            means = {i: values[bins == i].mean().item() for i in bins.unique().tolist()}
+            for logger in self.loggers:
+                logger.log_metrics(
+                    {f"{name}/t{i / TIME_BINS:.1f}": mean for i, mean in means.items()},
+                    self.global_step,
+                )
 
 
 def plain(value: Any) -> Any:
