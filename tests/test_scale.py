@@ -221,7 +221,7 @@ def test_a_signal_while_held_out_images_are_measured(one, tiny_prior_folder, dat
     args += ["--trainer.val_check_interval=8"]  # batches: after step 4
     log, looks = stop_looking(tmp_path, args, "3")
     assert "SIGTERM: saved after step 4; the same command goes on" in log
-    assert looks == [1], "of five batches"
+    assert looks == [1], "of six batches"
     assert_goes_on(tmp_path, args, 4, one)
 
 
@@ -231,7 +231,7 @@ def test_a_signal_while_gradients_are_accumulated(one, tiny_prior_folder, data, 
     args += ["--trainer.val_check_interval=7"]
     log, looks = stop_looking(tmp_path, args, "0.5")
     assert "SIGTERM: saved after step 4; the same command goes on" in log
-    assert looks == [5]
+    assert looks == [6]
     assert_goes_on(tmp_path, args, 4, one)
 
 

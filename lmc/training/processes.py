@@ -153,6 +153,9 @@ class LeaveOnSignal(Callback):
             print(f"{name}: saved after step {step}; {rest}", flush=True)
             if name == "SIGUSR1" and requeues(trainer, self.environment):
                 requeue()
+        # While validating, Lightning would end the loading processes of the held-out images alone,
+        # and those of the training keep this one from ending.
+        trainer.training = True
         raise SystemExit(0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
