@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from packaging.requirements import Requirement
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lmc.training.bias
@@ -443,6 +444,25 @@ def test_no_logger_is_none(tiny_prior_folder, data, tmp_path):
     assert cli.trainer.loggers == [] and tensorboard(cli.model) is None
     assert not list(tmp_path.glob("events*")) and list((tmp_path / "validation").iterdir())
     assert (tmp_path / "config.yaml").exists() and last(tmp_path)["global_step"] == 4
+
+
+def test_malicious_releases_of_lightning_are_excluded():
+    """GHSA-w37p-236h-pfx3."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (line,) = re.findall(r'^    "(lightning\b[^"]*)",', text, re.MULTILINE)
+    allowed = Requirement(line).specifier
+    assert [v for v in ("2.6.1", "2.6.2", "2.6.3", "2.6.4", "2.7") if v not in allowed] == [
+        "2.6.2",
+        "2.6.3",
+    ]
+
+
+def test_the_hubs_mixin_keeps_the_options_of_a_network():
+    """Under a private name, which a checkpoint's 'network' is read from."""
+    assert Corrector(3, [8, 16])._hub_mixin_config == {
+        **{"channels": 3, "widths": [8, 16], "norm": "none", "bounded": True},
+        **{"statistics": "image", "prior": None},
+    }
 
 
 def test_what_is_logged_by_time_is_logged_by_the_step(

@@ -279,7 +279,8 @@ def test_the_checkpoint_of_another_network_is_refused(tiny_prior_folder, data, t
     args = worlds.bias_args(tiny_prior_folder, data, tmp_path)
     train_bias.main(args)
     before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
-    message = fails(capsys, train_bias.main, [*args, "--model.widths=[16,16]"])
+    more = ["--model.widths=[16,16]", "--allow_changes", "model.widths"]
+    message = fails(capsys, train_bias.main, [*args, *more])
     assert "another network" in message and "(8,) there, (16,) here" in message
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
 

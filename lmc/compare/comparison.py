@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lmc.shards.images import ImageStream
 from lmc.specs import Spec, build
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model, per_image
+from lmc.training.resume import differences
 from lmc.training.translator import TranslatorTraining
 from lmc.translator import Translator
 
@@ -375,13 +376,11 @@ def _check_same(
     """
     both = [label for label in begun if label in here["losses"]]
     old, new = (
-        dict(_flat({**x["config"], **{label: x["losses"][label] for label in both}}))
-        for x in (there, here)
+        {**x["config"], **{label: x["losses"][label] for label in both}} for x in (there, here)
     )
     different = [
-        f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        f"{key} is {before!r} there and {after!r} here"
+        for key, before, after in differences(old, new)
     ]
     if different:
         raise ValueError(
@@ -401,15 +400,6 @@ def _check_same(
             f"{out} holds the comparison of something else of the same name: {', '.join(changed)} "
             "changed since. Name another folder (--out)"
         )
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts by their dotted keys."""
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, item in value.items():
-        yield from _flat(item, f"{name}.{key}" if name else key)
 
 
 def _train(runs: Sequence[Run], base: Sequence[str], jobs: int, say: Say) -> dict[str, Any]:
