@@ -25,7 +25,8 @@ def start(
 ) -> list[Any]:
     """Start `ranks` processes of a script; rank r writes its output to folder/r.log.
 
-    With PAUSE in `environment`, each step takes that many seconds longer.
+    With PAUSE in `environment`, each step takes that many seconds longer; with LOOK, such as '0,3',
+    each batch of held-out images of stage one, by rank, which leaves a line in folder/r.look.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
@@ -128,6 +129,18 @@ def _work(
         wrapped.append((type(whole).__name__, size))
 
     TrainingModule.optimizer_step = noted  # type: ignore[method-assign]
+    if "LOOK" in os.environ:
+        from lmc.training.bias import CorrectorTraining
+
+        look = CorrectorTraining.validation_step
+
+        def slow(self: Any, *args: Any) -> None:
+            with open(folder / f"{rank}.look", "a") as file:
+                file.write(f"{self.global_step}\n")
+            time.sleep(float(os.environ["LOOK"].split(",")[rank]))
+            look(self, *args)
+
+        CorrectorTraining.validation_step = slow  # type: ignore[method-assign]
     try:
         module = __import__(script)
         cli = module.main(args)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,6 +28,7 @@ from lmc.training.bias import CorrectorTraining
 from lmc.training.callbacks import batch_note
 from lmc.training.cli import TrainingCLI
 from lmc.training.dry_run import downloads, nbytes, processes
+from lmc.training.processes import requeues
 from lmc.unet import UNet
 
 import ranks
@@ -189,6 +191,83 @@ def test_a_signal_to_one_rank_stops_both_and_both_go_on(
     assert "saved after" not in (tmp_path / "1.log").read_text()
     if number == signal.SIGTERM:
         assert_goes_on(tmp_path, args, stopped, two[1], count=2)
+
+
+def stop_looking(folder, args, look, number=signal.SIGTERM, to=0):
+    """Signal one rank of a run at its first look; the log, and how often each rank had looked.
+
+    All leave well within ten seconds, most of which are the batch that is being looked at.
+    """
+    count = len(look.split(","))
+    started = ranks.start(folder, args, ranks=count, environment={"LOOK": look})
+    files = [folder / f"{rank}.look" for rank in range(count)]
+    # One that looks quickly has begun its third and last batch, and waits for the other by then.
+    batches = [3 if seconds == "0" else 1 for seconds in look.split(",")]
+    begun = lambda: [len(f.read_text().split()) if f.exists() else 0 for f in files]  # noqa: E731
+    ranks.wait_for(lambda: all(n >= b for n, b in zip(begun(), batches, strict=True)), "looks", 150)
+    time.sleep(0.5)
+    os.kill(started[to].pid, number)
+    began = time.monotonic()
+    assert ranks.finish(started, folder) == [0] * count
+    took = time.monotonic() - began
+    looks = begun()
+    print(f"left after {took:.1f} s and {looks} looks")
+    assert took < 10
+    return (folder / "0.log").read_text(), looks
+
+
+def test_a_signal_while_held_out_images_are_measured(one, tiny_prior_folder, data, tmp_path):
+    args = alone(tiny_prior_folder, data, tmp_path / "run")
+    args += ["--trainer.val_check_interval=8"]  # batches: after step 4
+    log, looks = stop_looking(tmp_path, args, "3")
+    assert "SIGTERM: saved after step 4; the same command goes on" in log
+    assert looks == [1], "of six batches"
+    assert_goes_on(tmp_path, args, 4, one)
+
+
+def test_a_signal_while_gradients_are_accumulated(one, tiny_prior_folder, data, tmp_path):
+    """They are in no checkpoint: the look goes on to its end, and the step too."""
+    args = alone(tiny_prior_folder, data, tmp_path / "run")
+    args += ["--trainer.val_check_interval=7"]
+    log, looks = stop_looking(tmp_path, args, "0.5")
+    assert "SIGTERM: saved after step 4; the same command goes on" in log
+    assert looks == [6]
+    assert_goes_on(tmp_path, args, 4, one)
+
+
+@pytest.mark.parametrize(("look", "to"), [("3,3", 1), ("0,6", 0)], ids=["both look", "one is done"])
+def test_a_signal_to_one_rank_while_they_measure(two, tiny_prior_folder, data, tmp_path, look, to):
+    """The one that is done waits for the other; told to leave, neither waits."""
+    args = long_args(tiny_prior_folder, data, tmp_path / "run", "--trainer.val_check_interval=4")
+    log, looks = stop_looking(tmp_path, args, look, to=to)
+    assert "SIGTERM: saved after step 4; the same command goes on" in log
+    assert looks[1] < 3 and looks[0] == (3 if look[0] == "0" else looks[0])
+    assert_goes_on(tmp_path, args, 4, two[1], count=2)
+
+
+def test_a_signal_at_the_last_look(tiny_prior_folder, data, tmp_path, capfd):
+    args = long_args(tiny_prior_folder, data, tmp_path / "run", "--trainer.max_steps=2")
+    log, looks = stop_looking(tmp_path, args, "3")
+    assert "saved after step 2; all steps are done, but the held-out images were not" in log
+    assert looks == [1] and last(tmp_path / "run")["global_step"] == 2
+    train_bias.main(args)
+    assert "all 2 steps are done" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+def test_who_requeues(monkeypatch, requeue):
+    """Lightning tells no one which environment it took for a single process."""
+    alone = SimpleNamespace(strategy=SimpleNamespace())
+    assert not requeues(alone, None)
+    for name, value in {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert requeues(alone, None)
+    plugin = SLURMEnvironment(auto_requeue=requeue)
+    assert requeues(alone, plugin) is requeue
+    several = SimpleNamespace(strategy=SimpleNamespace(cluster_environment=plugin))
+    assert requeues(several, None) is requeue
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert not requeues(alone, None)
 
 
 def test_two_ranks_train_one_lora(tiny_prior_folder, data, tmp_path):

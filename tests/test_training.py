@@ -19,6 +19,7 @@ from lmc.load import load_averaged
 from lmc.priors import DiffusersPrior
 from lmc.training.base import NonFiniteGradient
 from lmc.training.callbacks import AtomicCheckpointIO
+from lmc.training.processes import LeaveOnSignal
 from lmc.training.translator import Ramp
 
 import worlds
@@ -88,8 +89,9 @@ def test_plugins_of_the_user_stay(tiny_prior_folder, data, tmp_path):
     slurm = "lightning.pytorch.plugins.environments.SLURMEnvironment"
     more = [f"--trainer.plugins={slurm}", "--trainer.plugins.auto_requeue=false"]
     trainer = train_bias.main([*args, *more]).trainer
-    environment = trainer._accelerator_connector.cluster_environment
-    assert type(environment).__name__ == "SLURMEnvironment" and not environment.auto_requeue
+    (leave,) = (each for each in trainer.callbacks if isinstance(each, LeaveOnSignal))
+    assert type(leave.environment).__name__ == "SLURMEnvironment"
+    assert not leave.environment.auto_requeue
     assert type(trainer.strategy.checkpoint_io).__name__ == "AtomicCheckpointIO"
 
 
@@ -273,7 +275,8 @@ def test_the_checkpoint_of_another_network_is_refused(tiny_prior_folder, data, t
     args = worlds.bias_args(tiny_prior_folder, data, tmp_path)
     train_bias.main(args)
     before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
-    message = fails(capsys, train_bias.main, [*args, "--model.widths=[16,16]"])
+    more = ["--model.widths=[16,16]", "--allow_changes", "model.widths"]
+    message = fails(capsys, train_bias.main, [*args, *more])
     assert "another network" in message and "(8,) there, (16,) here" in message
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
 

@@ -1,7 +1,7 @@
 """What a comparison is of: its configurations, prior and correctors, checked and noted."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lmc.shards.images import ImageStream
 from lmc.specs import Spec, build
 from lmc.training.cli import ConfigReader
 from lmc.training.dry_run import build_model
+from lmc.training.resume import differences
 from lmc.training.translator import TranslatorTraining
 
 # Of a configuration's model: what every loss of a comparison has of its own.
@@ -182,13 +183,11 @@ def _check_same(
     """
     both = [label for label in begun if label in here["losses"]]
     old, new = (
-        dict(_flat({**x["config"], **{label: x["losses"][label] for label in both}}))
-        for x in (there, here)
+        {**x["config"], **{label: x["losses"][label] for label in both}} for x in (there, here)
     )
     different = [
-        f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        f"{key} is {before!r} there and {after!r} here"
+        for key, before, after in differences(old, new)
     ]
     if different:
         raise ValueError(
@@ -208,12 +207,3 @@ def _check_same(
             f"{out} holds the comparison of something else of the same name: {', '.join(changed)} "
             "changed since. Name another folder (--out)"
         )
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts by their dotted keys."""
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, item in value.items():
-        yield from _flat(item, f"{name}.{key}" if name else key)

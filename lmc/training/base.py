@@ -1,20 +1,24 @@
 """What both stages' training shares: EMA, optimizer, randomness by step, the guard against NaN."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lmc.files import whole
 from lmc.schedule import time_bin
+from lmc.training.resume import covers
 
 TIME_BINS = 5  # what is logged by t is logged for t in [0, 0.2), [0.2, 0.4), …
+PRIOR = "model.prior.init_args.pretrained"  # the key of the configuration that names it
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class StepDecay:
     every: int = 100_000
 
 
-class NonFiniteGradient(RuntimeError):
+class NonFiniteGradient(FloatingPointError):
     """A gradient was infinite or NaN; training stops rather than go on with it."""
 
 
@@ -43,6 +47,7 @@ class TrainingModule(LightningModule):
         heldout_images: how many held-out images are looked at, the first in the shards' order;
             None is all.
         image_size: the side in pixels of its data's images, unless data.image_size says another.
+        allowed: keys of the configuration that may be others than those of a checkpoint.
 
     Args:
         network: what is trained.
@@ -55,6 +60,7 @@ class TrainingModule(LightningModule):
 
     paper_batch: ClassVar[int]
     best_by: ClassVar[tuple[str, ...]] = ()
+    allowed: Sequence[str] = ()
 
     @property
     def best_of(self) -> str:
@@ -89,6 +95,7 @@ class TrainingModule(LightningModule):
         self.check_every = check_every
         self.batches_done = 0
         self._unchecked: list[tuple[int, Tensor, Tensor, list[str], str]] = []
+        self._gradients: list[tuple[int, Tensor]] = []  # of the weights: step, whether finite
 
     @property
     def averaged(self) -> nn.Module:
@@ -98,11 +105,21 @@ class TrainingModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam, stepwise decaying [LMC, App. A]."""
         adam = torch.optim.Adam(self.network.parameters(), lr=self.adam.lr)
-        decay: Callable[[int], float] = lambda step: (  # noqa: E731
-            self.adam.factor ** (step // self.adam.every)
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._decay)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _decay(self, step: int) -> float:
+        return self.adam.factor ** (step // self.adam.every)
+
+    def on_train_start(self) -> None:
+        """Have the configuration's learning rate, where the checkpoint has another."""
+        schedule: Any = self.lr_schedulers()
+        if schedule.base_lrs == [self.adam.lr]:
+            return
+        schedule.base_lrs = [self.adam.lr]
+        (group,) = schedule.optimizer.param_groups
+        group["initial_lr"] = self.adam.lr
+        group["lr"] = self.adam.lr * self._decay(schedule.last_epoch)
 
     def generator(self) -> torch.Generator:
         """The randomness of this step: follows from (seed, rank, batches done) alone."""
@@ -130,35 +147,69 @@ class TrainingModule(LightningModule):
         if len(self._unchecked) >= self.check_every:
             self.check_finite()
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note whether the gradient of the weights is finite; looked at with what `watch` noted.
+
+        That of the loss may be finite and still overflow on its way back through the network.
+        """
+        precision: Any = self.trainer.precision_plugin
+        if getattr(precision, "scaler", None) is not None:
+            return  # of float16, it meets such gradients by the way and leaves these steps out
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        # The greatest, in place of a sum of squares, which may overflow by itself.
+        greatest = torch.nn.utils.get_total_norm(gradients, math.inf)
+        self._gradients.append((self.global_step, torch.isfinite(greatest)))
+
     def check_finite(self) -> None:
-        """Look at what `watch` noted since the last look.
+        """Look at what was noted since the last look.
 
         Raises:
-            NonFiniteGradient: see `watch`.
+            NonFiniteGradient: see `watch`; or the gradient of the weights was not finite, where
+                that of the loss was: names the step.
         """
         noted, self._unchecked = self._unchecked, []
-        if not noted or torch.cat([finite for _, finite, *_ in noted]).all():
+        gradients, self._gradients = self._gradients, []
+        flags = [*(finite for _, finite, *_ in noted), *(finite[None] for _, finite in gradients)]
+        if not flags or torch.cat(flags).all():
             return
+        overflown = min((step for step, finite in gradients if not finite), default=math.inf)
         for step, finite, t, keys, what in noted:
-            for i in (~finite).nonzero().flatten().tolist():
+            for i in (~finite).nonzero().flatten().tolist() if step <= overflown else ():
                 raise NonFiniteGradient(
                     f"step {step}: the gradient of {what!r} is not finite at "
                     f"t = {t[i].item():.4f}, sample {keys[i]}. The last checkpoint is from "
                     "before it. Usual causes: too high a learning rate, or a "
                     "prior in float16 (try bfloat16)"
                 )
+        raise NonFiniteGradient(
+            f"step {overflown}: the gradient of the weights is not finite, though the loss's own "
+            "is: it overflowed on its way back through the network. The last checkpoint is from "
+            "before it: go on from there with a lower --model.optimizer.lr or with "
+            "--trainer.gradient_clip_val (each named to --allow_changes too), or in more precision"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Never save weights that a non-finite gradient may have touched."""
         self.check_finite()
         checkpoint["batches_done"] = self.batches_done
+        checkpoint["batch"] = effective_batch(self.trainer)
         # What lmc.release needs to build the network again.
         network: Any = self.network
         config = {name: plain(value) for name, value in network.arguments.items()}
         checkpoint["network"] = {"class": type(self.network).__name__, "config": config}
+        if self.trainer.is_global_zero:  # which writes the file
+            checkpoint["identities"] = plain(self.identities())
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another network, by name and shape.
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """What is behind the names in the configuration, by its key: `Prior.identity` and others.
+
+        Taking the digest of a prior's weights may read all of them, once.
+        """
+        prior: Any = self.prior
+        return {PRIOR: dict(prior.identity)}
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse the checkpoint of another network, by name and shape; only looks at it.
 
         Raises:
             ValueError: some weights are missing, left over or of another shape.
@@ -171,15 +222,65 @@ class TrainingModule(LightningModule):
                     f"the checkpoint is of another network: {name} has shape {there} there, {here} "
                     "here. Use the configuration it was trained with, or another run folder"
                 )
+
+    def check_identities(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse to go on with something else of the same name; see `identities`.
+
+        What only one of checkpoint and module knows, as different versions may, is not compared.
+
+        Raises:
+            ValueError: a prior or corrector is another; says what of it.
+        """
+        # A corrector's configuration has its prior's, in older checkpoints too.
+        prior = checkpoint.get("network", {}).get("config", {}).get("prior")
+        there = checkpoint.get("identities", {PRIOR: prior} if prior else {})
+        here = plain(self.identities()) if there else {}
+        for key in sorted(there.keys() & here.keys()):
+            old, new = there[key], here[key]
+            for name in sorted((old.keys() & new.keys()) - {"pretrained", "revision"}):
+                if old[name] != new[name] and not covers(self.allowed, key):
+                    raise ValueError(
+                        f"what {key} names is not what the run was begun with: its {name} was "
+                        f"{old[name]} and is {new[name]}. Name another folder (--run), or go on "
+                        f"all the same with --allow_changes {key}"
+                    )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another network; say where the effective batch was another.
+
+        Raises:
+            ValueError: see `check_checkpoint`.
+        """
+        self.check_checkpoint(checkpoint)
         self.batches_done = checkpoint["batches_done"]
+        batch = effective_batch(self.trainer)
+        if self.trainer.is_global_zero and checkpoint.get("batch", batch) != batch:
+            print(
+                f"the effective batch was {checkpoint['batch']} up to step "
+                f"{checkpoint['global_step']} and is {batch} from there on; nothing rescales the "
+                "learning rate",
+                flush=True,
+            )
 
     def log_by_time(self, name: str, values: Tensor, t: Tensor) -> None:
-        """Log per-sample `values` (B,) as means over bins of t (B,), where a bin has any."""
-        if not self.trainer._logger_connector.should_update_logs:
+        """Log per-sample `values` (B,) as means over bins of t (B,), where a bin has any.
+
+        Of the last batch of each `trainer.log_every_n_steps`-th step: a look waits for the device.
+        """
+        trainer: Any = self.trainer
+        every, batches = trainer.log_every_n_steps, trainer.accumulate_grad_batches
+        if not trainer.is_global_zero or every == 0 or self.batches_done % batches:
             return
-        bins = time_bin(t, TIME_BINS)
-        for i in bins.unique().tolist():
-            self.log(f"{name}/t{i / TIME_BINS:.1f}", values[bins == i].mean())
+        # Not by way of `log`: Lightning counts the steps to write by itself, and one too many after
+        # it went on with a run that was at its end. What it does not write would be lost.
+        if (self.global_step + 1) % every == 0:
+            bins = time_bin(t, TIME_BINS)
+            means = {i: values[bins == i].mean().item() for i in bins.unique().tolist()}
+            for logger in self.loggers:
+                logger.log_metrics(
+                    {f"{name}/t{i / TIME_BINS:.1f}": mean for i, mean in means.items()},
+                    self.global_step,
+                )
 
 
 def plain(value: Any) -> Any:
@@ -189,9 +290,19 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def effective_batch(trainer: Trainer) -> int:
+    """Images a step, over all processes and accumulated batches; 0 where there are no data."""
+    data: Any = getattr(trainer, "datamodule", None)
+    each = data.batch_size if data else 0
+    return each * trainer.world_size * trainer.accumulate_grad_batches
+
+
 def tensorboard(module: LightningModule) -> Any:
-    """The run's TensorBoard writer, or None where there is none (another rank, a test)."""
-    return getattr(module.logger, "experiment", None) if module.trainer.is_global_zero else None
+    """The run's TensorBoard writer, or None where there is none (another rank, no logger)."""
+    if not module.trainer.is_global_zero:
+        return None
+    found = (each for each in module.loggers if isinstance(each, TensorBoardLogger))
+    return next((each.experiment for each in found), None)
 
 
 def show(module: LightningModule, tag: str, name: str, picture: Any) -> None:

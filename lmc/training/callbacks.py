@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from lmc.progress import Progress
 from lmc.training.about import About
@@ -87,16 +89,27 @@ class SaveLast(Callback):
     Args:
         path: of the checkpoint.
         every: steps between saves.
+        keep: of how many saves step-000500.ckpt is kept beside it, the newest ones. A copy of one
+            in place of `path` is gone on from.
         about: told of every save.
+
+    Raises:
+        ValueError: `every` or `keep` is out of range.
     """
 
-    def __init__(self, path: Path, every: int, about: About) -> None:
-        self.path, self.every, self.about, self.saved = path, every, about, -1
+    def __init__(self, path: Path, every: int, keep: int, about: About) -> None:
+        if every < 1:
+            raise ValueError(f"save_every must be at least 1, got {every}")
+        if keep < 0:
+            raise ValueError(f"keep must not be negative, got {keep}")
+        self.path, self.every, self.keep, self.about, self.saved = path, every, keep, about, -1
 
     def save(self, trainer: Trainer) -> None:
         """Save now."""
         trainer.save_checkpoint(self.path)
         self.saved = trainer.global_step
+        if self.keep and trainer.is_global_zero:
+            keep_snapshot(self.path, self.saved, self.keep)
         self.about.update(trainer)
 
     def on_train_batch_end(
@@ -177,6 +190,23 @@ class CheckFinite(Callback):
         pl_module.check_finite()
 
 
+def keep_snapshot(path: Path, step: int, count: int) -> None:
+    """Keep a checkpoint as step-000500.ckpt beside it, and of all of these the newest `count`.
+
+    Newest by when they were written: a run that was set back to an earlier step has later ones.
+    """
+    partial = path.with_name("step.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)  # the next save replaces `path`, and leaves what it was
+    except OSError:  # not every file system links
+        shutil.copyfile(path, partial)
+    os.replace(partial, path.with_name(f"step-{step:06d}.ckpt"))
+    every = path.parent.glob("step-*.ckpt")
+    for old in sorted(every, key=lambda file: (file.stat().st_mtime_ns, file.name))[:-count]:
+        old.unlink()
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there: an old one survives any failure."""
 
@@ -186,8 +216,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint` to `path`.
 
         Raises:
+            FloatingPointError: a weight, an average or a state of an optimizer is not finite.
             OSError: it could not be written; says where, and that the last one is untouched.
         """
+        if broken := not_finite(checkpoint):
+            more = f" and {len(broken) - 1} more" if broken[1:] else ""
+            raise FloatingPointError(
+                f"step {checkpoint.get('global_step')}: {broken[0]}{more} of the checkpoint are "
+                f"not finite, so {path} is not written: what is there is untouched. Go on from it "
+                "with a lower --model.optimizer.lr (named to --allow_changes too), or in more "
+                "precision"
+            )
         path = Path(path)
         partial = path.with_suffix(".partial")
         try:
@@ -206,6 +245,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"cannot write the checkpoint {path} ({error}); {free / 1e6:.0f} MB are free; "
                 f"{kept}"
             ) from error
+
+
+def not_finite(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of the weights, averages and states of optimizers and losses with inf or NaN in them.
+
+    Waits for the device once.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for part in ("state_dict", "optimizer_states", "loss"):
+        for name, value in _tensors(checkpoint.get(part), part):
+            if value.is_floating_point():
+                by_device.setdefault(value.device, {})[name] = torch.isfinite(value).all()
+    found = []
+    for flags in by_device.values():
+        finite = torch.stack(list(flags.values())).tolist()
+        found += [name for name, good in zip(flags, finite, strict=True) if not good]
+    return found
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts and lists, by dotted name."""
+    if isinstance(value, Tensor):
+        yield name, value
+    items = value.items() if isinstance(value, Mapping) else ()
+    for key, item in enumerate(value) if isinstance(value, list | tuple) else items:
+        yield from _tensors(item, f"{name}.{key}")
 
 
 def batch_note(batch: int, paper: int, lr: float) -> str:

@@ -4,15 +4,19 @@ import argparse
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import lightning
 import torch
+import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lmc.release import Terms
@@ -28,12 +32,13 @@ from lmc.training.callbacks import (
     ValidateAtEnd,
 )
 from lmc.training.data import ImageData
+from lmc.training.resume import KeepConfig, check_changes
 
 
 class TrainingCLI(LightningCLI):
     """LightningCLI with a run folder.
 
-    config.yaml, TensorBoard events, checkpoints/, validation/, about.json.
+    config.yaml, those before it, TensorBoard events, checkpoints/, validation/, about.json.
     """
 
     def __init__(self, model_class: type[TrainingModule], args: ArgsType = None) -> None:
@@ -51,7 +56,7 @@ class TrainingCLI(LightningCLI):
                 "use_distributed_sampler": False,
             },
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # KeepConfig does
             auto_configure_optimizers=False,
             # In place of all keys there are, which would push an error out of sight.
             parser_kwargs={"fit": {"usage": "%(prog)s --config FILE [--KEY VALUE ...]"}},
@@ -72,6 +77,20 @@ class TrainingCLI(LightningCLI):
             "--save_every", type=int, default=1000, help="steps between checkpoints"
         )
         parser.add_argument(
+            "--keep",
+            type=int,
+            default=0,
+            help="checkpoints kept besides last.ckpt, as step-000500.ckpt: the newest ones",
+        )
+        parser.add_argument(
+            "--allow_changes",
+            type=str,
+            nargs="*",
+            default=[],
+            metavar="KEY",
+            help="settings of a run in the folder that may be others from here on, by their keys",
+        )
+        parser.add_argument(
             "--dry_run",
             type=bool,
             nargs="?",
@@ -84,26 +103,40 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
+    @property
+    def checkpoint(self) -> Path:
+        """What the run goes on from, if it is there."""
+        return Path(self.config["fit"]["run"]) / "checkpoints" / "last.ckpt"
+
     def before_instantiate_classes(self) -> None:
-        """Report and leave, where that is all that is asked for.
+        """Compare with the run that is there; report and leave, where that is all that is asked.
 
         Raises:
+            ValueError: see `check_changes`.
             SystemExit: with status 0, after the report.
         """
-        if not self._get(self.config, "dry_run"):
-            return
-        config = {key: plain(self._get(self.config, key)) for key in ("model", "data", "trainer")}
-        run = Path(self._get(self.config, "run"))
-        every = self._get(self.config, "save_every")
-        model_class: Any = self.model_class
-        text = dry_run.report(model_class, config, run, every)
-        if getattr(rank_zero_only, "rank", 0) == 0:  # under torchrun, say
-            print(text, flush=True)
-        raise SystemExit(0)
+        # As nested by the subcommand; and without what is said for this once.
+        whole = yaml.safe_load(self.parser.dump(self.config, format="yaml", skip_none=False))
+        self.settings = {**whole["fit"], "allow_changes": [], "dry_run": False}
+        config = self.config["fit"]
+        run, changes = Path(config["run"]), []
+        if self.checkpoint.exists():
+            changes = check_changes(run / "config.yaml", self.settings, config["allow_changes"])
+        first = getattr(rank_zero_only, "rank", 0) == 0  # under torchrun, say
+        if config["dry_run"]:
+            parts = {key: plain(config[key]) for key in ("model", "data", "trainer")}
+            model_class: Any = self.model_class
+            text = dry_run.report(model_class, parts, run, config["save_every"])
+            if first:
+                print(text, flush=True)
+            raise SystemExit(0)
+        if first:
+            print(*changes, sep="\n", end="\n" if changes else "", flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs and saves into the run folder."""
-        run = Path(self._get(self.config, "run"))
+        config = self.config["fit"]
+        run = Path(config["run"])
         try:
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             # Named by process: several ranks look at once.
@@ -112,18 +145,19 @@ class TrainingCLI(LightningCLI):
             probe.unlink()
         except OSError as error:
             raise OSError(f"cannot write into the run folder {run}: {error}") from error
-        self.checkpoint = run / "checkpoints" / "last.ckpt"
+        given = self.config_init["fit"]["trainer"]
+        plugins = as_list(given["plugins"])
         kwargs["default_root_dir"] = run
-        kwargs["logger"] = TensorBoardLogger(run, name="", version="")
-        given = self._get(self.config_init, "trainer")["plugins"] or []
-        given = given if isinstance(given, list) else [given]
-        kwargs["plugins"] = [*given, AtomicCheckpointIO()]
+        kwargs["logger"] = loggers(run, given["logger"])
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must say how many steps to train")
-        every = self._get(self.config, "save_every")
         about = About(run / "about.json")
-        last = SaveLast(self.checkpoint, every, about)
+        last = SaveLast(self.checkpoint, config["save_every"], config["keep"], about)
+        environment = next((x for x in plugins if isinstance(x, ClusterEnvironment)), None)
+        header = f"# lightning.pytorch=={lightning.__version__}\n"
+        text = header + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
         callbacks: Any = trainer
         callbacks.callbacks += [
             processes.EndTogether(),
@@ -133,32 +167,45 @@ class TrainingCLI(LightningCLI):
             last,
             SaveBest(self.checkpoint.with_name("best.ckpt")),
             about,
-            processes.LeaveOnSignal(last.save),
+            KeepConfig(run / "config.yaml", text),
+            processes.LeaveOnSignal(last.save, environment),
         ]
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, in all processes."""
+        """Train, in all processes, going on where the run is.
+
+        Raises:
+            ValueError: the run was begun with something else; see `TrainingModule`. Or its last
+                checkpoint cannot be read.
+        """
+        kwargs["weights_only"] = True
+        if self.checkpoint.exists():
+            kwargs["ckpt_path"] = str(self.checkpoint)
+            self._look_at_checkpoint()
         processes.announce_launcher(self.trainer)
         try:
             self.trainer.fit(**kwargs)
         finally:
             processes.wait_for_children(self.trainer)
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["weights_only"] = True
-        if self.checkpoint.exists():
-            step = torch.load(self.checkpoint, weights_only=True, mmap=True)["global_step"]
-            kwargs["ckpt_path"] = str(self.checkpoint)
+    def _look_at_checkpoint(self) -> None:
+        """Before anything long, and before anything is written into the run folder."""
+        try:
+            there = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{self.checkpoint} cannot be read ({' '.join(str(error).split())[:200]}): move it "
+                "away to begin anew, or copy a step-*.ckpt in its place, where there are any"
+            ) from error
+        self.model.allowed = self.config["fit"]["allow_changes"]
+        self.model.check_checkpoint(there)
+        if self.trainer.is_global_zero:
+            self.model.check_identities(there)
+            step = there["global_step"]
             done = step >= self.trainer.max_steps
-            if self.trainer.is_global_zero:
-                print(
-                    f"{self.checkpoint.parent.parent}: "
-                    + (f"all {step} steps are done" if done else f"going on after step {step}"),
-                    flush=True,
-                )
-        return kwargs
+            said = f"all {step} steps are done" if done else f"going on after step {step}"
+            print(f"{self.checkpoint.parent.parent}: {said}", flush=True)
 
 
 class ConfigReader(TrainingCLI):
@@ -195,16 +242,28 @@ class ConfigReader(TrainingCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Not before `read`."""
-        self.config = Namespace(subcommand=None)
-
-    def _set_seed(self) -> None:
-        pass
+        self.config = Namespace(subcommand=None, seed_everything=False)
 
     def before_instantiate_classes(self) -> None:
         """No dry run either."""
 
     def instantiate_classes(self) -> None:
         """Nothing."""
+
+
+def loggers(run: Path, given: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
+    """TensorBoard in the run folder, and beside it what trainer.logger names; of false, none."""
+    if given is False:
+        return []
+    others = [] if given is None or given is True else as_list(given)
+    return [TensorBoardLogger(run, name="", version=""), *others]
+
+
+def as_list(value: Any) -> list[Any]:
+    """What may be one, several or None."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def plain(value: Any) -> Any:

@@ -18,13 +18,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch.distributed
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 LAUNCHER = "LMC_LAUNCHER"  # environment: the process id of the launcher of this process
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -59,19 +65,27 @@ class EndTogether(Callback):
 class LeaveOnSignal(Callback):
     """On SIGTERM or SIGUSR1: save after the current step, then leave with status 0.
 
+    While held-out images are measured, the step is complete already: the measuring is given up
+    after the current batch, and the run that goes on does not take it up again.
     All processes leave after the same step, whichever of them got the signal. Under SLURM, SIGUSR1
     also requeues the job, unless its environment plugin says auto_requeue false.
 
     Args:
         save: saves the checkpoint that the same command goes on from.
+        environment: the user's plugin that knows the cluster, if there is one.
     """
 
-    def __init__(self, save: Callable[[Trainer], None]) -> None:
-        self.save, self.received, self.step = save, 0, 0
+    def __init__(
+        self, save: Callable[[Trainer], None], environment: ClusterEnvironment | None = None
+    ) -> None:
+        self.save, self.environment = save, environment
+        self.received, self.step, self.accumulating = 0, 0, False
+        self.board: Board | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, which gives them back when it tears down."""
         self.step = trainer.global_step
+        self.board = Board.of_all(trainer)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._note)
@@ -85,20 +99,63 @@ class LeaveOnSignal(Callback):
             SystemExit: with status 0, after the checkpoint was written.
         """
         step = trainer.global_step
-        if step == self.step:  # gradients are being accumulated
+        self.accumulating = step == self.step
+        if self.accumulating:
             return
         self.step = step
-        received = self._of_any_process(trainer)
-        if not received or step >= trainer.max_steps:
+        # After the last step the held-out images are still to come.
+        if (received := self._of_any_process(trainer)) and step < trainer.max_steps:
+            self._leave(trainer, received)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Leave, if any process was told to.
+
+        Not before the end of the first batch, in which DDP synchronises buffers.
+
+        Raises:
+            SystemExit: see `on_train_batch_end`.
+        """
+        if not self._may_leave_validation(trainer):
             return
+        if self.received and self.board:
+            self.board.tell()
+        if self.received or (self.board and self.board.is_told()):
+            # The other processes join in here, or at their end of the measuring.
+            self._leave(trainer, self._of_any_process(trainer))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave, if any process was told to; before what all of them do together.
+
+        Raises:
+            SystemExit: see `on_train_batch_end`.
+        """
+        if not self._may_leave_validation(trainer):
+            return
+        if self.board:
+            # In a collective, this process would not notice the signal before the others arrive.
+            self.board.wait_for_all(lambda: bool(self.received))
+        if received := self._of_any_process(trainer):
+            self._leave(trainer, received)
+
+    def _may_leave_validation(self, trainer: Trainer) -> bool:
+        """Not where gradients are being accumulated, which no checkpoint holds."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        return fitting and not self.accumulating
+
+    def _leave(self, trainer: Trainer, received: int) -> None:
         self.save(trainer)
         if trainer.is_global_zero:
             name = "SIGUSR1" if received == 1 + SIGNALS.index(signal.SIGUSR1) else "SIGTERM"
-            print(f"{name}: saved after step {step}; the same command goes on", flush=True)
-            environment = trainer._accelerator_connector.cluster_environment
-            slurm = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-            if name == "SIGUSR1" and slurm:
+            step = trainer.global_step
+            rest = "the same command goes on"
+            if step >= trainer.max_steps:
+                rest = "all steps are done, but the held-out images were not measured to the end"
+            print(f"{name}: saved after step {step}; {rest}", flush=True)
+            if name == "SIGUSR1" and requeues(trainer, self.environment):
                 requeue()
+        # While validating, Lightning would end the loading processes of the held-out images alone,
+        # and those of the training keep this one from ending.
+        trainer.training = True
         raise SystemExit(0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -111,6 +168,78 @@ class LeaveOnSignal(Callback):
         received = torch.tensor(self.received, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
         return int(received)
+
+
+class Board:
+    """Where the processes of a run leave each other notes, each when it suits it: no collective.
+
+    Args:
+        store: shared by all of them.
+        processes: how many they are.
+    """
+
+    def __init__(self, store: torch.distributed.Store, processes: int) -> None:
+        self.store, self.processes, self.rounds = store, processes, 0
+
+    @classmethod
+    def of_all(cls, trainer: Trainer) -> "Board | None":
+        """One for all processes of a run; None for a single one, or where they cannot share it."""
+        if trainer.world_size == 1:
+            return None
+        strategy: Any = trainer.strategy
+        host, store = strategy.cluster_environment.main_address, None
+        first, count = trainer.is_global_zero, trainer.world_size
+        port, wait = None, timedelta(seconds=60)  # a port of its own, whichever is free
+
+        def connect(port: int) -> torch.distributed.TCPStore | None:
+            try:
+                return torch.distributed.TCPStore(
+                    host, port, count, first, timeout=wait, wait_for_workers=False
+                )
+            except RuntimeError as error:
+                print(f"processes of this run cannot leave notes: {error}", file=sys.stderr)
+                return None
+
+        if first and (store := connect(0)):
+            port = store.port
+        port = strategy.broadcast(port)
+        if port and not first:
+            store = connect(port)
+        # All of them, or none: without it, a signal waits for the end of the measuring.
+        have = strategy.reduce_boolean_decision(store is not None)
+        return cls(store, count) if store and have else None
+
+    def tell(self) -> None:
+        """Note that all are to leave."""
+        self.store.set("leave", "1")
+
+    def is_told(self) -> bool:
+        """Whether a process has noted that."""
+        return self.store.check(["leave"])
+
+    def wait_for_all(self, told: Callable[[], bool], seconds: float = 1800.0) -> None:
+        """Until all processes have called this, one is `told` to leave, or the time is over."""
+        self.rounds += 1
+        arrived, end = f"arrived {self.rounds}", time.monotonic() + seconds
+        count = self.store.add(arrived, 1)
+        while count < self.processes and not self.is_told() and time.monotonic() < end:
+            if told():
+                self.tell()
+            time.sleep(0.02)
+            count = self.store.add(arrived, 0)
+
+
+def requeues(trainer: Trainer, given: ClusterEnvironment | None) -> bool:
+    """Whether SIGUSR1 is to requeue the job: under SLURM, unless its environment says no.
+
+    Args:
+        trainer: whose strategy knows the environment, where it starts several processes.
+        given: the user's own, which is Lightning's too.
+    """
+    environment = given or getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None and not TorchElasticEnvironment.detect() and SLURMEnvironment.detect():
+        environment = SLURMEnvironment()  # as Lightning chooses, which tells nobody
+    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
 
 
 def requeue() -> None:

@@ -1,13 +1,14 @@
 """Stage two: train the translator with a score-distillation loss [LMC, Sec. 5.2]."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmc.corrector import BiasCorrector
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.measure.evaluate import Prompts
 from lmc.measure.figures import labelled_grid
@@ -15,9 +16,12 @@ from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
 from lmc.training.base import StepDecay, TrainingModule, show
+from lmc.training.resume import covers
 from lmc.training.validation import Heldout, Validation, load_tools
 from lmc.translator import Translator
 from lmc.unet import Norm
+
+CORRECTOR = "model.loss.init_args.corrector"  # the key of the configuration that names it
 
 
 @dataclass(frozen=True)
@@ -229,20 +233,33 @@ class TranslatorTraining(TrainingModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["loss"] = {"name": self.loss.name, "state": self.loss.state_dict()}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the loss back what it had learned.
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """See `TrainingModule`; with the digest of the loss's corrector, where it has one."""
+        corrector = getattr(self.loss, "corrector", None)
+        if not isinstance(corrector, BiasCorrector):
+            return super().identities()
+        return {**super().identities(), CORRECTOR: {"digest": corrector.digest()}}
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """See `TrainingModule`.
 
         Raises:
             ValueError: the run was begun with another loss; see also `TrainingModule`.
         """
-        super().on_load_checkpoint(checkpoint)
-        there = checkpoint.get("loss", {"name": self.loss.name, "state": {}})
-        if there["name"] != self.loss.name:
+        super().check_checkpoint(checkpoint)
+        there = checkpoint.get("loss", {"name": self.loss.name})["name"]
+        if there != self.loss.name and not covers(self.allowed, "model.loss.class_path"):
             raise ValueError(
-                f"the run was begun with the loss {there['name']!r} and would go on with "
+                f"the run was begun with the loss {there!r} and would go on with "
                 f"{self.loss.name!r}: use another run folder"
             )
-        self.loss.load_state_dict(there["state"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the loss back what it had learned."""
+        super().on_load_checkpoint(checkpoint)
+        there = checkpoint.get("loss", {"name": self.loss.name, "state": {}})
+        if there["name"] == self.loss.name:
+            self.loss.load_state_dict(there["state"])
 
     def on_validation_epoch_start(self) -> None:
         """Start the held-out figures afresh."""
