@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import re
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmc.files import whole
+from lmc.progress import Progress
 from lmc.shards.images import heldout_digests, name_digest, write_shard
 from lmc.shards.stream import check_shard
 
@@ -167,35 +167,20 @@ def in_order(
         yield pending.popleft().result()
 
 
-class Progress:
-    """A line on stderr with the time left, every second on a terminal, else every ten."""
+def watched(what: str, total: int, results: Iterator[list[Out]]) -> Iterator[Out]:
+    """The results of some images at a time, one by one; says how far they are.
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done, self.first = what, total, 0, 0
-        self.start = self.said = time.monotonic()
-
-    def add(self, count: int) -> None:
-        """Some more are done."""
-        now = time.monotonic()
-        if not self.done:  # before this the processes started, which says nothing of the rate
-            self.first, self.start = count, now
-        self.done += count
-        terminal = sys.stderr.isatty()
-        too_early = self.done == self.first or now - self.said < (1 if terminal else 10)
-        if too_early and self.done < self.total:
-            return
-        self.said = now
-        rate = (self.done - self.first) / max(now - self.start, 1e-3)
-        left = (self.total - self.done) / rate if rate else 0
-        line = f"{self.what}: {self.done}/{self.total} images, {rate:.0f}/s, {clock(left)} left"
-        end = "\n" if not terminal or self.done >= self.total else ""
-        print(f"\r{line}  " if terminal else line, end=end, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    The first ones start the clock: until then the processes started.
+    """
+    with contextlib.ExitStack() as stack:
+        progress: Progress | None = None
+        for some in results:
+            if progress is None:
+                progress = Progress(what, total, "images", done=len(some))
+                stack.enter_context(progress)
+            else:
+                progress.advance(len(some))
+            yield from some
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser, size: int) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write the shards to")
     parser.add_argument("--size", type=int, default=size, help="side in pixels (%(default)s)")
     parser.add_argument(
-        "--min-side",
+        "--min_side",
         type=int,
         help="skip images whose shorter side has fewer pixels (default: --size, so that none is "
         "enlarged)",
@@ -218,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser, size: int) -> None:
         default="jpg",
         help="of the images written; JPEG has quality 95 without chroma subsampling (%(default)s)",
     )
-    parser.add_argument("--shard-size", type=int, default=1000, help="images a shard (%(default)s)")
+    parser.add_argument("--shard_size", type=int, default=1000, help="images a shard (%(default)s)")
     parser.add_argument(
         "--workers",
         type=int,
@@ -226,7 +211,7 @@ def add_arguments(parser: argparse.ArgumentParser, size: int) -> None:
         help="processes; what is written does not depend on it (default: one a CPU)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be written, and write nothing"
+        "--dry_run", action="store_true", help="say what would be written, and write nothing"
     )
 
 
@@ -238,7 +223,7 @@ def options_of(args: argparse.Namespace, **more: Any) -> Options:
     """
     for name in ("size", "shard_size", "workers"):
         if getattr(args, name) < 1:
-            option = name.replace("_", "-")
+            option = name.replace("-", "_")
             raise Refused(f"--{option} {getattr(args, name)}: must be at least 1")
     min_side = args.size if args.min_side is None else args.min_side
     return Options(args.size, args.format, min_side, args.shard_size, **more)
@@ -320,11 +305,8 @@ def digests_of(
     """The digests that `make_plan` asks for."""
     indices = needs_digest(sources)
     chunks = [[sources[i] for i in part] for part in parts(indices, CHUNK)]
-    progress = Progress("looking for duplicates", len(indices))
-    digests: list[str] = []
-    for some in in_order(executor, digest_all, chunks, 4 * workers):
-        digests += some
-        progress.add(len(some))
+    found = in_order(executor, digest_all, chunks, 4 * workers)
+    digests = watched("looking for duplicates", len(indices), found)
     return dict(zip(indices, digests, strict=True))
 
 
@@ -345,7 +327,7 @@ def try_some(plan: Plan, options: Options, executor: Executor | None) -> float:
         why = ", ".join(f"{count} {reason}" for reason, count in reasons(tried).items())
         raise Refused(
             f"none of {len(tried)} images tried can be used ({why}), the first being {first.name}: "
-            f"{first.detail}; an image needs {options.min_side} pixels a side (--min-side)"
+            f"{first.detail}; an image needs {options.min_side} pixels a side (--min_side)"
         )
     # In a tar: a header each for image and json, contents in blocks of 512, the json in one.
     sizes = [1536 + -(-len(data) // 512) * 512 for data, _ in good]
@@ -363,8 +345,8 @@ def write_shards(
         print(f"{done} of {len(plan.shards)} shards are there already", file=sys.stderr)
     chunks = (part for items in todo.values() for part in parts(items, CHUNK))
     function = partial(process_all, options=options)
-    results = chain.from_iterable(in_order(executor, function, chunks, 4 * workers))
-    progress = Progress("preparing", sum(map(len, todo.values())))
+    made = in_order(executor, function, chunks, 4 * workers)
+    results = watched("preparing", sum(map(len, todo.values())), made)
     for name, items in todo.items():
         skipped: list[Skip] = []
         counts: Counter[str] = Counter()
@@ -377,7 +359,6 @@ def write_shards(
         ) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
             for item in items:
                 result = next(results)
-                progress.add(1)
                 if isinstance(result, Skip):
                     skipped.append(result)
                     continue

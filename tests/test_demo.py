@@ -186,7 +186,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def stop_and_go(tmp_path: Path, name: str, *more: str) -> tuple[Path, Path]:
     """Train 6 steps straight, and 3 + 3 across a stop; both folders."""
-    args = [*("--steps", "6", "--pictures", "64", "--batch", "4", "--save-every", "3"), *more]
+    args = [*("--steps", "6", "--pictures", "64", "--batch", "4", "--save_every", "3"), *more]
     file = DEMO / f"{name}.py"
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     script(ROOT, file, "--out", straight, *args)

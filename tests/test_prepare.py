@@ -14,9 +14,9 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from test_images import BOMB, RAISED, damages
 
+import lmc.progress
 from lmc.shards.images import ImageStream, heldout_names
 
 DATA = Path(__file__).parents[1] / "data"
@@ -292,7 +293,7 @@ def test_whatever_pillow_raises_is_a_skip(tmp_path, monkeypatch, error):
 
 def test_small_images_are_taken_where_asked_for(tmp_path):
     write(tmp_path / "in" / "a.png", encoded(noise(0, 4, 6)))
-    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--min-side=4")
+    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--min_side=4")
     (sample,) = samples(tmp_path / "out").values()
     assert sample["pixels"].shape == (8, 8, 3)
 
@@ -499,7 +500,7 @@ def test_folder_list_and_tar_make_the_same_shards(tmp_path):
     outs = []
     for given in ("in", "list.txt", "all.tar"):
         out = tmp_path / f"out {given}"
-        photos(tmp_path / given, "--out", out, "--size=4", "--shard-size=25")
+        photos(tmp_path / given, "--out", out, "--size=4", "--shard_size=25")
         outs.append({name: data for name, data in tree(out).items() if name.endswith(".tar")})
     assert outs[0] == outs[1] == outs[2] and len(outs[0]) == 4
     assert index(tmp_path / "out list.txt")["skipped"] == {"missing": 1}
@@ -509,7 +510,7 @@ def test_folder_list_and_tar_make_the_same_shards(tmp_path):
 def test_labels_by_folder(tmp_path):
     write(tmp_path / "in" / "fish" / "a.png", encoded(noise(0)))
     write(tmp_path / "in" / "bird" / "b.png", encoded(noise(1)))
-    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--folder-labels")
+    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--folder_labels")
     found = samples(tmp_path / "out")
     assert (found["a.png"]["label"], found["b.png"]["label"]) == ("fish", "bird")
 
@@ -603,7 +604,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         write(folder / "in" / f"broken{i}.jpg", b"no image" * (i + 1))
     (first, *_) = sorted((folder / "in").glob("flickr*"))
     write(folder / "in" / "copy.png", first.read_bytes())
-    photos(folder / "in", "--out", folder / "out", "--size=32", "--shard-size=4")
+    photos(folder / "in", "--out", folder / "out", "--size=32", "--shard_size=4")
     assert index(folder / "out")["skipped"] == {"cannot be read": 3, "duplicate": 1}
     return folder / "in", folder / "out"
 
@@ -612,7 +613,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, straight):
     """Killed with two processes at work, which must not outlive it; continued by one."""
     source, expected = straight
     out = tmp_path / "out"
-    args = [str(source), "--out", str(out), "--size=32", "--shard-size=4"]
+    args = [str(source), "--out", str(out), "--size=32", "--shard_size=4"]
     process = subprocess.Popen(
         [sys.executable, str(DATA / "openimages" / "prepare.py"), *args, "--workers=2"],
         start_new_session=True,
@@ -656,7 +657,7 @@ def group_lives(group: int) -> bool:
 def test_the_number_of_processes_changes_nothing(tmp_path, straight):
     source, expected = straight
     out = tmp_path / "out"
-    options = ["--size=32", "--shard-size=4", "--workers=3"]
+    options = ["--size=32", "--shard_size=4", "--workers=3"]
     PHOTOS.main([str(source), "--out", str(out), *options])
     assert tree(out) == tree(expected)
 
@@ -671,7 +672,7 @@ def left_by_a_killed_run(file: Path) -> None:
 def test_what_is_not_whole_is_made_again(tmp_path, straight):
     """A tar without its record, one cut off after it, one of zeros, a lost one, half a file."""
     source, expected = straight
-    args = [source, "--out", tmp_path / "out", "--size=32", "--shard-size=4"]
+    args = [source, "--out", tmp_path / "out", "--size=32", "--shard_size=4"]
     out = tmp_path / "out"
     photos(*args)
     (out / ".plan" / "train-00001.json").unlink()
@@ -693,9 +694,9 @@ def test_a_shard_of_nothing_but_broken_images_is_left_out(tmp_path):
     """A reader would take an empty one for damaged. Run twice: it is not tried again."""
     for i in range(40):
         write(tmp_path / "in" / f"{i}.png", b"no image" * i if i % 2 else encoded(noise(i)))
-    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--shard-size=1")
+    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--shard_size=1")
     before = tree(tmp_path / "out")
-    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--shard-size=1")
+    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--shard_size=1")
     assert tree(tmp_path / "out") == before
     assert len(list((tmp_path / "out").glob("*.tar"))) == len(index(tmp_path / "out")["shards"])
     assert len(samples(tmp_path / "out")) == 20
@@ -708,8 +709,8 @@ def test_a_shard_of_nothing_but_broken_images_is_left_out(tmp_path):
         (["--size=16"], "size 32, not 16"),
         (["--format=png"], "suffix jpg, not png"),
         (["--crop=random"], "crop centre, not random"),
-        (["--shard-size=5"], "shard_size 4, not 5"),
-        (["--min-side=1"], "min_side 32, not 1"),
+        (["--shard_size=5"], "shard_size 4, not 5"),
+        (["--min_side=1"], "min_side 32, not 1"),
         (["--label=cat"], "label photo, not cat"),
     ],
 )
@@ -717,7 +718,7 @@ def test_other_options_are_refused(straight, more, said):
     source, out = straight
     before = tree(out)
     with pytest.raises(SystemExit, match=f"out was begun with {said}: use another --out"):
-        photos(source, "--out", out, "--size=32", "--shard-size=4", *more)
+        photos(source, "--out", out, "--size=32", "--shard_size=4", *more)
     assert tree(out) == before
 
 
@@ -736,7 +737,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path, straight):
         shards.only_run(tmp_path / ".plan"),
         pytest.raises(SystemExit, match="another run is writing"),
     ):
-        photos(source, "--out", tmp_path, "--size=32", "--shard-size=4")
+        photos(source, "--out", tmp_path, "--size=32", "--shard_size=4")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -766,7 +767,7 @@ def test_a_dry_run_writes_nothing(tmp_path, straight, capsys, there):
     if there:
         out.mkdir()
     capsys.readouterr()
-    photos(source, "--out", out, "--size=32", "--shard-size=4", "--dry-run")
+    photos(source, "--out", out, "--size=32", "--shard_size=4", "--dry_run")
     said = capsys.readouterr().out
     assert [file.name for file in tmp_path.rglob("*")] == (["out"] if there else [])
     assert "train: 60 images" in said and "heldout: 3 images" in said  # the broken ones included
@@ -785,19 +786,19 @@ def test_the_estimated_size_is_about_right(tmp_path, straight):
     assert shards.try_some(plan, options, None) == pytest.approx(written, rel=0.15)
 
 
-def test_progress_tells_the_time_left(monkeypatch, capsys):
+def test_the_clock_starts_with_the_first_results(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = shards.Progress("preparing", 1000)
-    now[0] += 500  # until the processes have started
-    for _ in range(4):
-        now[0] += 25
-        progress.add(25)
+    monkeypatch.setattr(lmc.progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def results() -> Iterator[list[int]]:
+        now[0] += 500  # until the processes have started
+        for i in range(4):
+            yield [i] * 25
+            now[0] += 25
+
+    assert len(list(shards.watched("preparing", 1000, results()))) == 100
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3 and said[-1] == "preparing: 100/1000 images, 1/s, 0:15:00 left"
-    now[0] += 1
-    progress.add(1)
-    assert not capsys.readouterr().err, "a second later it says nothing yet"
+    assert said[-1] == "preparing 100/1000  1.0 images/s  0:15:00 left"
 
 
 def faults() -> dict[str, tuple[Callable[..., None], list[str], str]]:
@@ -824,10 +825,10 @@ def faults() -> dict[str, tuple[Callable[..., None], list[str], str]]:
         "out in a file": (photos, ["{}/afhq", "--out", "{}/a.zip/b"], r"/a\.zip is a file"),
         "other shards": (photos, ["{}/afhq", "--out", "{}"], "holds shards that were not made by"),
         "size 0": (photos, ["{}/afhq", *out, "--size=0"], r"--size 0: must be at least 1"),
-        "shard size": (photos, ["{}/afhq", *out, "--shard-size=0"], r"--shard-size 0: must be"),
+        "shard size": (photos, ["{}/afhq", *out, "--shard_size=0"], r"--shard_size 0: must be"),
         "all too small": (
             *(photos, ["{}/afhq", *out, "--size=9"]),
-            r"none of 32 images tried can be used \(32 too small\).*8 x 8.*--min-side",
+            r"none of 32 images tried can be used \(32 too small\).*8 x 8.*--min_side",
         ),
         "all broken": (photos, ["{}/broken", *out], r"none of 1 .*\(1 cannot be read\).*a\.jpg"),
     }
@@ -871,7 +872,7 @@ def test_help_is_readable(module, words, capsys):
     with pytest.raises(SystemExit, match="0"):
         module.main(["--help"])
     said = capsys.readouterr().out
-    assert words in said and "--dry-run" in said and "heldout" in said
+    assert words in said and "--dry_run" in said and "heldout" in said
     assert "%(" not in said
 
 

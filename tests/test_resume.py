@@ -457,14 +457,6 @@ def test_malicious_releases_of_lightning_are_excluded():
     ]
 
 
-def test_the_hubs_mixin_keeps_the_options_of_a_network():
-    """Under a private name, which a checkpoint's 'network' is read from."""
-    assert Corrector(3, [8, 16])._hub_mixin_config == {
-        **{"channels": 3, "widths": [8, 16], "norm": "none", "bounded": True},
-        **{"statistics": "image", "prior": None},
-    }
-
-
 def test_what_is_logged_by_time_is_logged_by_the_step(
     tiny_prior_folder, data, tmp_path, monkeypatch
 ):

@@ -234,7 +234,7 @@ def test_a_loss_from_outside_trains_and_takes_what_its_dry_run_says(
     args = worlds.translator_args(tiny_prior_folder, data, tmp_path / "run", path, option)
     args += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
     with pytest.raises(SystemExit) as caught:
-        train_translator.main([*args, "--dry-run"])
+        train_translator.main([*args, "--dry_run"])
     assert not caught.value.code
     (said,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("evaluations")]
     assert said.split(maxsplit=1)[1] == "16 of the denoiser = 4 per image and step (repeated) x 4"

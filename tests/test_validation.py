@@ -509,7 +509,7 @@ def test_the_first_heldout_images_only_are_measured(tiny_prior_folder, data, tmp
     """From images and from stored triplets, where an image counts with all its times."""
     prior = DiffusersPrior(str(tiny_prior_folder))
     what = TripletSet((f"{data}/heldout-*.tar",), 16, times_per_image=3)
-    write_triplets(prior, what, tmp_path / "stored", say=lambda line: None)
+    write_triplets(prior, what, tmp_path / "stored")
     wanted = {}
     for name, stream in (
         ("images", ImageStream(f"{data}/heldout-*.tar", 16, 7, training=False)),
@@ -536,7 +536,7 @@ def test_the_first_images_of_triplets_are_the_same_for_any_number_of_processes(
 ):
     prior = DiffusersPrior(str(tiny_prior_folder))
     what = TripletSet((f"{data}/heldout-*.tar",), 16, times_per_image=2)
-    write_triplets(prior, what, tmp_path, say=lambda line: None)
+    write_triplets(prior, what, tmp_path)
 
     def keys(rank: int, count: int, limit: int | None) -> list[str]:
         where = {"rank": rank, "world_size": count, "limit": limit}

@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="sampling steps")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--classifier", type=Path, help="safetensors file to reuse or to write")
-    parser.add_argument("--classifier-steps", type=int, default=1000)
+    parser.add_argument("--classifier_steps", type=int, default=1000)
     parser.add_argument("--sheet", type=Path, help="PNG of samples, a row a class")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()

@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=14400, help="size of the training set")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak; warm-up, then cosine to zero")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

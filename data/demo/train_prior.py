@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1, help="share of empty prompts")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

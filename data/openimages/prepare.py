@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--label", default="photo", help="of all images (%(default)s)")
     parser.add_argument(
-        "--folder-labels", action="store_true", help="label each by the folder it is in instead"
+        "--folder_labels", action="store_true", help="label each by the folder it is in instead"
     )
     parser.add_argument(
         "--licence",
