@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from lmc.training.bias import CorrectorTraining
 from lmc.training.callbacks import batch_note
 from lmc.training.cli import TrainingCLI
 from lmc.training.dry_run import downloads, nbytes, processes
-from lmc.training.processes import requeues
+from lmc.training.processes import Board, requeues
 from lmc.unet import UNet
 
 import ranks
@@ -252,6 +253,48 @@ def test_a_signal_at_the_last_look(tiny_prior_folder, data, tmp_path, capfd):
     assert looks == [1] and last(tmp_path / "run")["global_step"] == 2
     train_bias.main(args)
     assert "all 2 steps are done" in capfd.readouterr().out
+
+
+def test_notes_of_processes():
+    """Each goes on when all have come, or one was told to leave while it waited."""
+    store, left = torch.distributed.HashStore(), []
+    boards = [Board(store, 2), Board(store, 2)]
+
+    def arrive(number: int, told: bool = False) -> threading.Thread:
+        def wait() -> None:
+            boards[number].wait_for_all(lambda: told, seconds=60)
+            left.append(number)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        return thread
+
+    for _ in range(2):  # validation after validation
+        first = arrive(0)
+        first.join(0.3)
+        assert first.is_alive() and not boards[1].is_told()
+        for thread in (arrive(1), first):
+            thread.join(30)
+        assert sorted(left) == [0, 1]
+        left.clear()
+    arrive(0, told=True).join(30)
+    assert left == [0] and boards[1].is_told()
+
+
+def test_processes_without_a_shared_store_train_all_the_same(monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no way there")
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", fails)
+    strategy = SimpleNamespace(
+        cluster_environment=SimpleNamespace(main_address="nowhere"),
+        broadcast=lambda port: port,
+        reduce_boolean_decision=lambda decision: decision,
+    )
+    trainer = SimpleNamespace(world_size=2, is_global_zero=True, strategy=strategy)
+    assert Board.of_all(trainer) is None and "no way there" in capsys.readouterr().err
+    trainer.world_size = 1
+    assert Board.of_all(trainer) is None
 
 
 @pytest.mark.parametrize("requeue", [True, False])

@@ -85,6 +85,7 @@ class LeaveOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, which gives them back when it tears down."""
         self.step = trainer.global_step
+        self.received = int(trainer.received_sigterm)  # since Lightning took them
         self.board = Board.of_all(trainer)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
@@ -191,7 +192,7 @@ class Board:
         first, count = trainer.is_global_zero, trainer.world_size
         port, wait = None, timedelta(seconds=60)  # a port of its own, whichever is free
 
-        def connect(port: int) -> torch.distributed.TCPStore | None:
+        def connect(port: int) -> Any:
             try:
                 return torch.distributed.TCPStore(
                     host, port, count, first, timeout=wait, wait_for_workers=False
