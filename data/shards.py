@@ -223,8 +223,7 @@ def options_of(args: argparse.Namespace, **more: Any) -> Options:
     """
     for name in ("size", "shard_size", "workers"):
         if getattr(args, name) < 1:
-            option = name.replace("-", "_")
-            raise Refused(f"--{option} {getattr(args, name)}: must be at least 1")
+            raise Refused(f"--{name} {getattr(args, name)}: must be at least 1")
     min_side = args.size if args.min_side is None else args.min_side
     return Options(args.size, args.format, min_side, args.shard_size, **more)
 
