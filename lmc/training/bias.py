@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmc.corrector import BiasCorrector, Corrector, Statistics, corrector_loss
+from lmc.errors import about
 from lmc.filter import FilterCorrector
 from lmc.load import load_corrector
 from lmc.measure.correctors import CorrectorErrors
@@ -23,7 +24,7 @@ from lmc.shards.triplets import (
     draw_t_and_eps,
     sample_triplets,
 )
-from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, show
+from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, leads, plain, show
 from lmc.unet import Norm
 
 
@@ -46,6 +47,9 @@ class CorrectorTraining(TrainingModule):
         closed_form: a released closed-form corrector of the same prior (`lmc closed-form`), folder
             or hub id, whose held-out L_k is logged beside; None is none.
         seed: of t and eps; follows seed_everything.
+
+    Raises:
+        ValueError: a number or a range that makes no sense.
     """
 
     takes_triplets = True
@@ -66,11 +70,12 @@ class CorrectorTraining(TrainingModule):
     ) -> None:
         if bounded is None:
             bounded = not prior.latent
-        corrector = Corrector(
-            prior.channels, widths, norm, bounded, statistics, prior=prior.identity
-        )
+        with about("model"):
+            check_time_range(time_range)
+            # Of which prior it is, is known when the prior's weights are read: see `setup`.
+            corrector = Corrector(prior.channels, widths, norm, bounded, statistics)
         super().__init__(corrector, optimizer, ema_decay, seed)
-        self.prior, self.time_range = prior, check_time_range(time_range)
+        self.prior, self.time_range = prior, time_range
         self.closed_form = closed_form
         # By the name of its error. In a dict: it is no part of the module, nor of its state.
         self.others: dict[str, BiasCorrector] = {}
@@ -81,6 +86,34 @@ class CorrectorTraining(TrainingModule):
         assert isinstance(self.network, Corrector)
         return self.network
 
+    def check(self, data: Any) -> None:
+        """See `TrainingModule`.
+
+        Raises:
+            ValueError: the U-Net cannot halve the prior's images; the data are triplets of another
+                prior, or of another time range; or see `load_closed_form`.
+            OSError: see `load_closed_form`.
+        """
+        origins = data.origins()
+        if None in origins and not self.prior.latent:
+            with about("model.widths and the images of model.prior"):
+                self.corrector.unet.check_size(self.prior.image_size)
+        for origin in filter(None, origins):
+            check_origin(origin, origin["prior"], self.time_range)
+        if self.closed_form is not None:
+            self.others["closed_form_loss"] = load_closed_form(self.closed_form)
+        if leads() and (self.others or any(origins)):
+            self._check_prior(self.prior.identity, origins)
+
+    def _check_prior(
+        self, identity: Mapping[str, Any], origins: Sequence[Mapping[str, Any] | None]
+    ) -> None:
+        for origin in filter(None, origins):
+            check_origin(origin, identity, self.time_range)
+        with about(f"model.closed_form {self.closed_form}"):
+            for other in self.others.values():
+                other.check_prior(identity)
+
     def prepare_data(self) -> None:
         """Embed the empty prompt into the cache, on one process a node."""
         if self._samples_triplets():
@@ -90,17 +123,16 @@ class CorrectorTraining(TrainingModule):
         """Load the prior and the empty prompt's embedding, if some of the data are images.
 
         Raises:
-            ValueError: the data are triplets of another prior, or of another time range; or see
-                `load_closed_form`.
-            OSError: see `load_closed_form`.
+            OSError, ValueError: see `check`.
         """
         device = self.trainer.strategy.root_device
-        if self.closed_form is not None:
-            loaded = load_closed_form(self.closed_form, self.prior.identity)
-            self.others["closed_form_loss"] = loaded.to(device)
-        for origin in self._origins():
-            if origin is not None:
-                check_origin(origin, self.prior.identity, self.time_range)
+        if self.closed_form is not None and not self.others:
+            self.others["closed_form_loss"] = load_closed_form(self.closed_form)
+        identity = self.share_identity()
+        self._check_prior(identity, self._origins())
+        self.corrector.prior = dict(identity)
+        for other in self.others.values():
+            other.to(device)
         if self._samples_triplets():
             self.null = self.prior.embed([""]).to(device)
             self.prior.to(device)
@@ -127,6 +159,11 @@ class CorrectorTraining(TrainingModule):
         draws = [draw_t_and_eps(part, generator, self.time_range) for part, generator in parts]
         t, eps = (torch.cat(drawn) for drawn in zip(*draws, strict=True))
         return sample_triplets(self.prior, z, t, eps, self.null.expand(len(z)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The corrector's prior goes with it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["network"]["config"]["prior"] = plain(self.corrector.prior)
 
     def training_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> Tensor:
         """L_k, mean over the batch."""
@@ -175,21 +212,19 @@ class CorrectorTraining(TrainingModule):
             self.log(f"heldout/{name}", value, sync_dist=True)  # equal on all already
 
 
-def load_closed_form(pretrained: str, identity: Mapping[str, Any]) -> FilterCorrector:
-    """A released closed-form corrector of a prior.
+def load_closed_form(pretrained: str) -> FilterCorrector:
+    """A released closed-form corrector.
 
     Args:
         pretrained: folder or hub id.
-        identity: `Prior.identity` of the prior it has to be of.
 
     Raises:
         OSError: there is none.
-        ValueError: it is another kind of corrector, or another prior's.
+        ValueError: it is another kind of corrector.
     """
     option = f"model.closed_form {pretrained}"
     try:
         corrector = load_corrector(pretrained)
-        corrector.check_prior(identity)
     except OSError as error:
         raise OSError(
             f"{option}: no release there: make one (lmc closed-form --out {pretrained})"

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lmc.errors import about, require
+from lmc.losses import ScoreDistillation
+from lmc.schedule import TimeSchedule
 from lmc.training import dry_run, processes
 from lmc.training.about import About
 from lmc.training.base import TrainingModule
@@ -27,6 +30,13 @@ from lmc.training.callbacks import (
     ValidateAtEnd,
 )
 from lmc.training.data import ImageData
+
+# What counts steps or processes, where it is given.
+COUNTS = (
+    "save_every",
+    *("trainer.max_steps", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps"),
+    "trainer.num_nodes",
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -52,8 +62,8 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
-            # In place of all keys there are, which would push an error out of sight.
-            parser_kwargs={"fit": {"usage": "%(prog)s --config FILE [--KEY VALUE ...]"}},
+            # Errors are raised, for `lmc.training.start` to print as one line.
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
             args=args,
         )
 
@@ -83,11 +93,17 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Report and leave, where that is all that is asked for.
+        """Check the numbers; report and leave, where that is all that is asked for.
 
         Raises:
+            ValueError: a number out of its range.
             SystemExit: with status 0, after the report.
         """
+        for option, kind in (("model.loss", ScoreDistillation), ("model.time", TimeSchedule)):
+            self.parser.add_instantiator(named(option), kind)
+        for option in COUNTS:
+            value = self._get(self.config, option)
+            require(value is None or value >= 1, option, "at least 1", value)
         if not self._get(self.config, "dry_run"):
             return
         config = {key: plain(self._get(self.config, key)) for key in ("model", "data", "trainer")}
@@ -100,8 +116,26 @@ class TrainingCLI(LightningCLI):
         raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer that logs and saves into the run folder."""
+        """A trainer that logs and saves into the run folder.
+
+        Raises:
+            OSError, ValueError: see the `check` of data and model; or the run folder cannot be
+                written.
+        """
         run = Path(self._get(self.config, "run"))
+        there = next(each for each in (run, *run.absolute().parents) if each.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "not writable" if there.is_dir() else "a file"
+            raise OSError(f"cannot write into the run folder {run}: {there} is {why}")
+        self.checkpoint = run / "checkpoints" / "last.ckpt"
+        kwargs["default_root_dir"] = run
+        kwargs["logger"] = TensorBoardLogger(run, name="", version="")
+        given = self._get(self.config_init, "trainer")["plugins"] or []
+        given = given if isinstance(given, list) else [given]
+        kwargs["plugins"] = [*given, AtomicCheckpointIO()]
+        trainer = super().instantiate_trainer(**kwargs)
+        self.datamodule.check(self.model)
+        self.model.check(self.datamodule)
         try:
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             # Named by process: several ranks look at once.
@@ -110,15 +144,6 @@ class TrainingCLI(LightningCLI):
             probe.unlink()
         except OSError as error:
             raise OSError(f"cannot write into the run folder {run}: {error}") from error
-        self.checkpoint = run / "checkpoints" / "last.ckpt"
-        kwargs["default_root_dir"] = run
-        kwargs["logger"] = TensorBoardLogger(run, name="", version="")
-        given = self._get(self.config_init, "trainer")["plugins"] or []
-        given = given if isinstance(given, list) else [given]
-        kwargs["plugins"] = [*given, AtomicCheckpointIO()]
-        trainer = super().instantiate_trainer(**kwargs)
-        if trainer.max_steps < 1:
-            raise ValueError("trainer.max_steps must say how many steps to train")
         every = self._get(self.config, "save_every")
         about = About(run / "about.json")
         last = SaveLast(self.checkpoint, every, about)
@@ -177,15 +202,6 @@ class ConfigReader(TrainingCLI):
             raise ValueError(str(error)) from error
         return json.loads(self.parser.dump(config, format="json", skip_none=False))["fit"]
 
-    def setup_parser(
-        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
-    ) -> None:
-        """Parsers that raise their errors."""
-        raising = {
-            name: {**given, "exit_on_error": False} for name, given in subparser_kwargs.items()
-        }
-        super().setup_parser(add_subcommands, {**main_kwargs, "exit_on_error": False}, raising)
-
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Not before `read`."""
         self.config = Namespace(subcommand=None)
@@ -198,6 +214,16 @@ class ConfigReader(TrainingCLI):
 
     def instantiate_classes(self) -> None:
         """Nothing."""
+
+
+def named(option: str) -> Callable[..., Any]:
+    """What builds the class given for an option: its errors name the option."""
+
+    def build(kind: type, *args: Any, **kwargs: Any) -> Any:
+        with about(option):
+            return kind(*args, **kwargs)
+
+    return build
 
 
 def plain(value: Any) -> Any:

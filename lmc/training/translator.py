@@ -3,18 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmc.errors import about, require
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.measure.evaluate import Prompts
 from lmc.measure.figures import labelled_grid
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
-from lmc.training.base import StepDecay, TrainingModule, show
+from lmc.training.base import StepDecay, TrainingModule, leads, show
 from lmc.training.validation import Heldout, Validation, load_tools
 from lmc.translator import Translator
 from lmc.unet import Norm
@@ -22,11 +24,20 @@ from lmc.unet import Norm
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that goes from `start` to `end` along half a cosine over the first `steps` steps."""
+    """A weight that goes from `start` to `end` along half a cosine over the first `steps` steps.
+
+    Raises:
+        ValueError: one of them is negative.
+    """
 
     start: float
     end: float
     steps: int = 20_000
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "steps"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"a weight's {name}", "at least 0", value)
 
     def __call__(self, step: int) -> float:
         """The weight at `step`; `end` ever after `steps`."""
@@ -62,7 +73,7 @@ class TranslatorTraining(TrainingModule):
         seed: of classes, t and eps; follows seed_everything.
 
     Raises:
-        ValueError: a prompt without {}, a source that is a target too, or see
+        ValueError: a prompt without {}, a source that is a target too, or see `Translator` and
             `ScoreDistillation.choose_time`.
     """
 
@@ -90,16 +101,16 @@ class TranslatorTraining(TrainingModule):
         seed: int = 0,
     ) -> None:
         if "{}" not in prompt:
-            raise ValueError(f"prompt {prompt!r} has no {{}} for the class's name")
+            raise ValueError(f"model.prompt {prompt!r} has no {{}} for the class's name")
         if source in classes:
-            raise ValueError(f"the source class {source!r} is among the targets {list(classes)}")
-        super().__init__(
-            Translator(list(classes), image_size, list(widths), norm, residual),
-            optimizer,
-            ema_decay,
-            seed,
-        )
-        self.prior, self.loss, self.time = prior, loss, loss.choose_time(time)
+            raise ValueError(
+                f"model.source {source!r} is among the targets, model.classes {list(classes)}"
+            )
+        with about("model"):
+            translator = Translator(list(classes), image_size, list(widths), norm, residual)
+            chosen = loss.choose_time(time)
+        super().__init__(translator, optimizer, ema_decay, seed)
+        self.prior, self.loss, self.time = prior, loss, chosen
         targets = {name: prompt.format(name) for name in classes}
         self.prompts = ["", prompt.format(source), *targets.values()]
         # Those that compete in R-Precision are the targets' and the source's, as in lmc evaluate.
@@ -126,6 +137,26 @@ class TranslatorTraining(TrainingModule):
         """See `TrainingModule`."""
         return self.validation.images
 
+    def check(self, data: Any) -> None:
+        """See `TrainingModule`.
+
+        Raises:
+            ValueError: model.image_size is not data.image_size; or the loss refuses the prior.
+            OSError: model.validation.clip is a path with no folder at it.
+        """
+        mine, others = self.translator.image_size, data.image_size
+        if mine != others:
+            raise ValueError(
+                f"model.image_size {mine} and data.image_size {others} differ: set both to the "
+                "side of the shards' images"
+            )
+        clip = self.validation.clip
+        if clip is not None and clip.count("/") != 1 and not Path(clip).is_dir():
+            raise FileNotFoundError(f"model.validation.clip {clip}: no such folder")
+        if leads():
+            with about("model.loss"):
+                self.loss.check(self.prior)
+
     def prepare_data(self) -> None:
         """Embed the prompts into the cache, on one process a node."""
         self.prior.embed(self.prompts)
@@ -134,15 +165,11 @@ class TranslatorTraining(TrainingModule):
         """Load what measures, the prior and the loss, and the prompts' embeddings.
 
         Raises:
-            ValueError: model.image_size is not data.image_size; or see the loss's `prepare`.
+            ValueError: see the loss's `check`.
             OSError, ValueError: see `load_tools`.
         """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if data is not None and data.image_size != self.translator.image_size:
-            raise ValueError(
-                f"model.image_size {self.translator.image_size} and data.image_size "
-                f"{data.image_size} differ: set both to the side of the shards' images"
-            )
+        if hasattr(self.loss, "corrector"):  # which asks for it
+            self.share_identity()
         device = self.trainer.strategy.root_device
         self.tools = load_tools(self.validation, self.translator.image_size, device)
         if self.trainer.is_global_zero:
