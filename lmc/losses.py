@@ -501,6 +501,8 @@ class VSD(ScoreDistillation):
         super().__init__(guidance_scale, weighting, chain_alpha, rescale)
         if lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
+        if not lora_lr > 0:
+            raise ValueError(f"lora_lr must be above 0, got {lora_lr}")
         self.lora_rank, self.lora_lr = lora_rank, lora_lr
 
     def check(self, prior: Prior) -> None:

@@ -120,9 +120,10 @@ class TrainingModule(LightningModule):
 
     def share_identity(self) -> Mapping[str, Any]:
         """The prior's identity, for which its weights are read: by rank zero, for all ranks."""
-        alone = self.trainer.is_global_zero
-        identity = self.trainer.strategy.broadcast(self.prior.identity if alone else None)
-        if not alone:
+        first = self.trainer.is_global_zero
+        mine: Mapping[str, Any] = self.prior.identity if first else {}
+        identity = self.trainer.strategy.broadcast(mine)
+        if not first:
             self.prior = Identified(self.prior, identity)
         return identity
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ class ImageData(LightningDataModule):
         """
         for option, shards in (("data.train", self.train), ("data.heldout", self.heldout)):
             with about(option):
-                self._stream(shards, False, model).check()
+                try:
+                    self._stream(shards, False, model).check()
+                except tarfile.TarError as error:
+                    raise ValueError(f"{shards} is no tar of samples: {error}") from error
         train, held_out = (
             {os.path.realpath(url) if Path(url).exists() else url for url in expand_shards(shards)}
             for shards in (self.train, self.heldout)

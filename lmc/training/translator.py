@@ -24,20 +24,11 @@ from lmc.unet import Norm
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that goes from `start` to `end` along half a cosine over the first `steps` steps.
-
-    Raises:
-        ValueError: one of them is negative.
-    """
+    """A weight that goes from `start` to `end` along half a cosine over the first `steps` steps."""
 
     start: float
     end: float
     steps: int = 20_000
-
-    def __post_init__(self) -> None:
-        for name in ("start", "end", "steps"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"a weight's {name}", "at least 0", value)
 
     def __call__(self, step: int) -> float:
         """The weight at `step`; `end` ever after `steps`."""
@@ -73,8 +64,8 @@ class TranslatorTraining(TrainingModule):
         seed: of classes, t and eps; follows seed_everything.
 
     Raises:
-        ValueError: a prompt without {}, a source that is a target too, or see `Translator` and
-            `ScoreDistillation.choose_time`.
+        ValueError: a prompt without {}, a source that is a target too, a negative weight, or see
+            `Translator` and `ScoreDistillation.choose_time`.
     """
 
     paper_batch = 32
@@ -106,6 +97,9 @@ class TranslatorTraining(TrainingModule):
             raise ValueError(
                 f"model.source {source!r} is among the targets, model.classes {list(classes)}"
             )
+        for name, ramp in (("score_weight", score_weight), ("l2_weight", l2_weight)):
+            for part, value in vars(ramp).items():
+                require(0 <= value < math.inf, f"model.{name}.{part}", "at least 0", value)
         with about("model"):
             translator = Translator(list(classes), image_size, list(widths), norm, residual)
             chosen = loss.choose_time(time)
