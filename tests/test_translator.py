@@ -106,7 +106,7 @@ def test_clip_is_exactly_a_clamp_on_the_way_there():
 
 
 def test_a_size_that_cannot_be_halved_is_refused_with_those_that_can():
-    with pytest.raises(ValueError, match="image_size 50: .*4 widths.* 3 times.*48 or 56 would do"):
+    with pytest.raises(ValueError, match=r"image_size 50: .*4 widths.* 3 times.*48 or 56 would do"):
         Translator(["dog"], image_size=50, widths=(8, 8, 8, 8))
     with pytest.raises(ValueError, match="a side of 4 cannot be: 8 would do"):
         Translator(["dog"], image_size=4, widths=(8, 8, 8, 8))

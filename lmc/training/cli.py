@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lmc.errors import about, require
+from lmc.errors import about, is_users, require
 from lmc.losses import ScoreDistillation
 from lmc.schedule import TimeSchedule
 from lmc.training import dry_run, processes
@@ -115,18 +115,19 @@ class TrainingCLI(LightningCLI):
             print(text, flush=True)
         raise SystemExit(0)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer that logs and saves into the run folder.
+    def instantiate_classes(self) -> None:
+        """As Lightning does, but the error of a class is not one of the types it was tried as."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause = error.__cause__
+            if isinstance(cause, ValueError) and is_users(cause) and not is_users(error):
+                raise cause from None
+            raise
 
-        Raises:
-            OSError, ValueError: see the `check` of data and model; or the run folder cannot be
-                written.
-        """
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that logs and saves into the run folder."""
         run = Path(self._get(self.config, "run"))
-        there = next(each for each in (run, *run.absolute().parents) if each.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            why = "not writable" if there.is_dir() else "a file"
-            raise OSError(f"cannot write into the run folder {run}: {there} is {why}")
         self.checkpoint = run / "checkpoints" / "last.ckpt"
         kwargs["default_root_dir"] = run
         kwargs["logger"] = TensorBoardLogger(run, name="", version="")
@@ -134,16 +135,6 @@ class TrainingCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         kwargs["plugins"] = [*given, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
-        self.datamodule.check(self.model)
-        self.model.check(self.datamodule)
-        try:
-            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            # Named by process: several ranks look at once.
-            probe = run / "checkpoints" / f".writable-{socket.gethostname()}-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(f"cannot write into the run folder {run}: {error}") from error
         every = self._get(self.config, "save_every")
         about = About(run / "about.json")
         last = SaveLast(self.checkpoint, every, about)
@@ -159,6 +150,29 @@ class TrainingCLI(LightningCLI):
             processes.LeaveOnSignal(last.save),
         ]
         return trainer
+
+    def before_fit(self) -> None:
+        """Check all that can be, what is quick first; then make the run folder.
+
+        Raises:
+            OSError, ValueError: see the `check` of data and model; or the run folder cannot be
+                written.
+        """
+        run = Path(self._get(self.config, "run"))
+        there = next(each for each in (run, *run.absolute().parents) if each.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "not writable" if there.is_dir() else "a file"
+            raise OSError(f"cannot write into the run folder {run}: {there} is {why}")
+        self.datamodule.check(self.model)
+        self.model.check(self.datamodule)
+        try:
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            # Named by process: several ranks look at once.
+            probe = run / "checkpoints" / f".writable-{socket.gethostname()}-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"cannot write into the run folder {run}: {error}") from error
 
     def fit(self, **kwargs: Any) -> None:
         """Train, in all processes."""

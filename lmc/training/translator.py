@@ -64,8 +64,8 @@ class TranslatorTraining(TrainingModule):
         seed: of classes, t and eps; follows seed_everything.
 
     Raises:
-        ValueError: a prompt without {}, a source that is a target too, a negative weight, or see
-            `Translator` and `ScoreDistillation.choose_time`.
+        ValueError: a prompt without {}, a source that is a target too, or see `Translator` and
+            `ScoreDistillation.choose_time`.
     """
 
     paper_batch = 32
@@ -97,9 +97,6 @@ class TranslatorTraining(TrainingModule):
             raise ValueError(
                 f"model.source {source!r} is among the targets, model.classes {list(classes)}"
             )
-        for name, ramp in (("score_weight", score_weight), ("l2_weight", l2_weight)):
-            for part, value in vars(ramp).items():
-                require(0 <= value < math.inf, f"model.{name}.{part}", "at least 0", value)
         with about("model"):
             translator = Translator(list(classes), image_size, list(widths), norm, residual)
             chosen = loss.choose_time(time)
@@ -135,9 +132,13 @@ class TranslatorTraining(TrainingModule):
         """See `TrainingModule`.
 
         Raises:
-            ValueError: model.image_size is not data.image_size; or the loss refuses the prior.
-            OSError: model.validation.clip is a path with no folder at it.
+            ValueError: a negative weight; model.image_size is not data.image_size; or the loss
+                refuses the prior.
+            OSError: model.validation.clip is the path of no folder, or of one without a CLIP.
         """
+        for name in ("score_weight", "l2_weight"):
+            for part, value in vars(getattr(self, name)).items():
+                require(0 <= value < math.inf, f"model.{name}.{part}", "at least 0", value)
         mine, others = self.translator.image_size, data.image_size
         if mine != others:
             raise ValueError(
@@ -145,8 +146,12 @@ class TranslatorTraining(TrainingModule):
                 "side of the shards' images"
             )
         clip = self.validation.clip
-        if clip is not None and clip.count("/") != 1 and not Path(clip).is_dir():
-            raise FileNotFoundError(f"model.validation.clip {clip}: no such folder")
+        folder = Path(clip) if clip is not None else None
+        if folder is not None and not (folder / "config.json").exists():
+            if folder.is_dir():
+                raise FileNotFoundError(f"model.validation.clip {clip}: it has no config.json")
+            if len(folder.parts) > 2 or folder.is_absolute():  # or it may be a hub id
+                raise FileNotFoundError(f"model.validation.clip {clip}: no such folder")
         if leads():
             with about("model.loss"):
                 self.loss.check(self.prior)
