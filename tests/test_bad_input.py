@@ -372,7 +372,7 @@ def test_every_config_and_command_in_the_docs_passes(stage):
             with contextlib.chdir(ROOT):
                 check_names(module, name, words)
             found += 1
-    assert found > 5
+    assert found > 2
 
 
 @pytest.mark.parametrize("stage", STAGES)
