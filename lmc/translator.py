@@ -80,8 +80,8 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
 def clip(x: Tensor) -> Tensor:
     """x clipped to [-1, 1], any shape, with a gradient that leads what is outside back.
 
-    ∂L/∂x = g = ∂L/∂clip(x), but 0 where x is outside and −g points further out. The gradient of a
-    plain clamp is 0 in both cases: a pixel that is out stays out, whatever L has against it.
+    ∂L/∂x = ∂L/∂clip(x) everywhere, a straight-through clamp. The gradient of a plain one is 0 where
+    x is outside: a pixel that is out stays out, whatever L has against it.
     """
     clipped: Tensor = _Clip.apply(x)
     return clipped
@@ -92,11 +92,8 @@ class _Clip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
         return x.clamp(-1, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        further_out = ((x > 1) & (gradient < 0)) | ((x < -1) & (gradient > 0))
-        return gradient.masked_fill(further_out, 0)
+        return gradient
