@@ -55,7 +55,7 @@ def test_residual_survives_a_release(tmp_path):
 @pytest.mark.parametrize("x", [-7.0, -1.0001, -1.0, -0.3, 0.0, 0.9999, 1.0, 1.0001, 7.0])
 @pytest.mark.parametrize("target", [-0.6, 0.0, 0.6])
 def test_clip_s_gradient_is_never_lost_and_leads_to_where_the_loss_wants_it(x, target):
-    """Against a plain clamp's inside the range; outside, where that has none, towards the target."""
+    """A plain clamp's inside the range; outside, where that has none, towards the target."""
     value = torch.tensor([x], dtype=torch.float64, requires_grad=True)
     clipped = clip(value)
     assert clipped.item() == min(max(x, -1), 1)
