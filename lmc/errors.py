@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
 PACKAGE = str(Path(__file__).parent)
@@ -33,6 +34,37 @@ def one_line(program: str) -> Iterator[None]:
         sys.exit(130)
 
 
+def require(holds: bool, option: str, what: str, got: Any) -> None:
+    """Refuse the value of an option that is out of its range.
+
+    Args:
+        holds: whether it is in it.
+        option: its name, as the user writes it.
+        what: it must be, in words.
+        got: the value.
+
+    Raises:
+        ValueError: it is not; says all of these.
+    """
+    if not holds:
+        raise ValueError(f"{option} must be {what}, got {got}")
+
+
+@contextmanager
+def about(option: str) -> Iterator[None]:
+    """Name the option that a refused value, or a missing file, was given for.
+
+    Raises:
+        ValueError, FileNotFoundError: as within, `option` before it.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{option}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
 def is_users(error: Exception) -> bool:
     """Whether an error is about what the user gave, as far as can be told.
 
@@ -41,6 +73,8 @@ def is_users(error: Exception) -> bool:
     another library is a bug.
     """
     if isinstance(error, OSError | ImportError) or _is_out_of_memory(error):
+        return True
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, of its own options
         return True
     if not isinstance(error, ValueError | FloatingPointError):
         return False

@@ -126,12 +126,20 @@ class ScoreDistillation(ABC):
         self.guidance_scale, self.weighting = guidance_scale, weighting
         self.chain_alpha, self.rescale = chain_alpha, rescale
 
-    def prepare(self, prior: Prior, device: torch.device | str) -> None:  # noqa: B027
-        """Load and move what the loss has of its own, if any, and check that it fits `prior`.
+    def check(self, prior: Prior) -> None:  # noqa: B027
+        """Refuse a prior that the loss does not fit; nothing is loaded for it.
 
         Raises:
             ValueError: it does not; see the losses.
         """
+
+    def prepare(self, prior: Prior, device: torch.device | str) -> None:
+        """Load and move what the loss has of its own, if any, after a `check`.
+
+        Raises:
+            ValueError: see there.
+        """
+        self.check(prior)
 
     def choose_time(self, time: TimeSchedule | None) -> TimeSchedule:
         """How t is drawn: the user's way, or the loss's own where that is None.
@@ -274,13 +282,17 @@ class LMC(ScoreDistillation):
         self.corrector = corrector.eval().requires_grad_(False)
         self.fixed_noise, self.statistics, self.keep_ratio = fixed_noise, statistics, keep_ratio
 
-    def prepare(self, prior: Prior, device: torch.device | str) -> None:
-        """Check that `prior` is the corrector's own, and move the corrector.
+    def check(self, prior: Prior) -> None:
+        """Refuse another prior than the corrector's own.
 
         Raises:
             ValueError: it was trained on another prior.
         """
         self.corrector.check_prior(prior.identity)
+
+    def prepare(self, prior: Prior, device: torch.device | str) -> None:
+        """Move the corrector."""
+        super().prepare(prior, device)
         self.corrector.to(device)
         if isinstance(self.corrector, Corrector):
             self.corrector.to(memory_format=torch.channels_last)
@@ -420,7 +432,7 @@ class PDS(ScoreDistillation):
     needs_prior = "a variance-preserving (DDPM) prior"
     evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))
 
-    def prepare(self, prior: Prior, device: torch.device | str) -> None:
+    def check(self, prior: Prior) -> None:
         """Refuse a flow prior.
 
         Raises:
@@ -433,7 +445,7 @@ class PDS(ScoreDistillation):
             )
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        self.prepare(prior, x.z.device)
+        self.check(prior)
         assert x.z_source is not None and x.source is not None
         assert isinstance(prior.schedule, Schedule)
         grid = prior.schedule.alphas_cumprod.to(x.z.device).double()
@@ -486,17 +498,24 @@ class VSD(ScoreDistillation):
         super().__init__(*args, **kwargs)
         if lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
+        if not lora_lr > 0:
+            raise ValueError(f"lora_lr must be above 0, got {lora_lr}")
         self.lora_rank, self.lora_lr = lora_rank, lora_lr
 
-    def prepare(self, prior: Prior, device: torch.device | str) -> None:
-        """Give the prior's denoiser its LoRA, the same in all processes.
+    def check(self, prior: Prior) -> None:
+        """Refuse a prior that cannot take a LoRA.
 
         Raises:
-            ValueError: the prior cannot take one.
+            ValueError: it cannot.
         """
         if not isinstance(prior, LoraPrior):
             kind = type(prior).__name__
             raise ValueError(f"the loss 'vsd' needs {self.needs_prior}; {kind} has not")
+
+    def prepare(self, prior: Prior, device: torch.device | str) -> None:
+        """Give the prior's denoiser its LoRA, the same in all processes."""
+        super().prepare(prior, device)
+        assert isinstance(prior, LoraPrior)
         prior.to(device)
         self.lora = prior.add_lora(self.lora_rank)
         self.optimizer = torch.optim.AdamW(self.lora.values(), lr=self.lora_lr)

@@ -1,6 +1,7 @@
 """The translator: a feed-forward image-to-image network, one for all its target classes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         widths: filters per level; the last is the middle level.
         norm: see `UNet`.
         residual: the U-Net gives the difference to the image, and starts at zero; the sum is
-            clipped to [-1, 1]. Not in the paper: what is not edited keeps its detail from the first
-            step on, which a short training needs.
+            clipped to [-1, 1], see `clip`. Not in the paper: what is not edited keeps its detail
+            from the first step on, which a short training needs.
 
     Raises:
-        ValueError: no classes, or a class named twice.
+        ValueError: no classes, a class named twice, or an image_size that the U-Net cannot halve.
     """
 
     def __init__(
@@ -41,6 +42,10 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         self.classes = list(classes)
         self.image_size = image_size
         self.unet = UNet(3 + ENCODING, 3, widths, norm, bounded=not residual)
+        try:
+            self.unet.check_size(image_size)
+        except ValueError as error:
+            raise ValueError(f"image_size {image_size}: {error}") from error
         self.residual = residual
         if residual:
             for parameter in self.unet.last.parameters():
@@ -69,4 +74,26 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         """
         encoding = frequency_encoding(class_id.to(torch.float32) / len(self.classes))
         output = self.unet(concatenate_condition(image, encoding))
-        return (image + output).clamp(-1, 1) if self.residual else output
+        return clip(image + output) if self.residual else output
+
+
+def clip(x: Tensor) -> Tensor:
+    """x clipped to [-1, 1], any shape, with a gradient that leads what is outside back.
+
+    ∂L/∂x = ∂L/∂clip(x) everywhere, a straight-through clamp. The gradient of a plain one is 0 where
+    x is outside: a pixel that is out stays out, whatever L has against it.
+    """
+    clipped: Tensor = _Clip.apply(x)
+    return clipped
+
+
+class _Clip(torch.autograd.Function):
+    """See `clip`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient

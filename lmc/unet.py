@@ -77,15 +77,33 @@ class UNet(nn.Module):
         self.last = nn.Conv2d(sides[0], out_channels, 1)
         self.bounded = bounded
 
+    @property
+    def factor(self) -> int:
+        """What has to divide the sides of an image, which each level but the last halves."""
+        return 2 ** len(self.down)
+
+    def check_size(self, size: int) -> None:
+        """Refuse a side in pixels that cannot be halved once per level.
+
+        Raises:
+            ValueError: names the sizes around it that can.
+        """
+        below = size // self.factor * self.factor
+        if size < 1 or size != below:
+            would = " or ".join(str(each) for each in (below, below + self.factor) if each > 0)
+            raise ValueError(
+                f"a U-Net of {len(self.down) + 1} widths halves the image {len(self.down)} times, "
+                f"which a side of {size} cannot be: {would} would do"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W).
 
         Raises:
             ValueError: H or W cannot be halved once per level.
         """
-        factor = 2 ** len(self.down)
-        if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"{x.shape[3]} x {x.shape[2]} pixels: {factor} must divide both")
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(f"{x.shape[3]} x {x.shape[2]} pixels: {self.factor} must divide both")
         skips = []
         for level in self.down:
             x = level(x)

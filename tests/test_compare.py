@@ -89,7 +89,7 @@ def train_here(names: list[str]) -> Callable:
         log.write_text("")
         try:
             training.main(command[3:])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.write_text(f"first line\n{error}\n")
             raise TrainingFailed(name, log) from error
 

@@ -1,8 +1,9 @@
 """The translator as a residual of its input; the U-Net is tested in test_unet."""
 
+import pytest
 import torch
 
-from lmc.translator import Translator
+from lmc.translator import Translator, clip
 
 
 def residual(**more) -> Translator:
@@ -49,3 +50,64 @@ def test_residual_survives_a_release(tmp_path):
         again(image, torch.tensor([1])), translator(image, torch.tensor([1]))
     )
     assert not torch.equal(again(image, torch.tensor([1])), image)
+
+
+@pytest.mark.parametrize("x", [-7.0, -1.0001, -1.0, -0.3, 0.0, 0.9999, 1.0, 1.0001, 7.0])
+@pytest.mark.parametrize("target", [-0.6, 0.0, 0.6])
+def test_clip_s_gradient_is_never_lost_and_leads_to_where_the_loss_wants_it(x, target):
+    """A plain clamp's inside the range; outside, where that has none, towards the target."""
+    value = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+    clipped = clip(value)
+    assert clipped.item() == min(max(x, -1), 1)
+    (gradient,) = torch.autograd.grad((clipped - target).square().sum(), value)
+    assert gradient.item() == pytest.approx(2 * (clipped.item() - target))
+    assert gradient.item() * (x - target) >= 0 and (gradient.item() != 0 or x == target)
+    if abs(x) < 1:
+        (plain,) = torch.autograd.grad((value.clamp(-1, 1) - target).square().sum(), value)
+        assert torch.equal(gradient, plain)
+
+
+@pytest.mark.parametrize("target", [-0.5, 0.0, 0.5])
+def test_a_pixel_that_is_out_comes_back(target):
+    """Where a plain clamp leaves it for ever: descent on the distance of what is seen of it."""
+    torch.manual_seed(0)
+    x = (3 * torch.randn(64)).requires_grad_()
+    assert (x.abs() > 1).sum() > 32
+    for _ in range(400):
+        (gradient,) = torch.autograd.grad((clip(x) - target).square().sum(), x)
+        x.data -= 0.05 * gradient
+    torch.testing.assert_close(x.detach(), torch.full((64,), target), rtol=0, atol=1e-4)
+
+
+def test_a_translator_that_is_out_comes_back():
+    """All of its pixels are: L2 to the source alone has to move the weights."""
+    translator = residual()
+    with torch.no_grad():
+        translator.unet.last.bias.fill_(3.0)
+    image = torch.rand(2, 3, 16, 16) * 1.8 - 0.9
+    before = (translator(image, torch.tensor([0, 1])) - image).square().mean()
+    optimizer = torch.optim.Adam(translator.parameters(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        output = translator(image, torch.tensor([0, 1]))
+        assert output.abs().max() <= 1
+        (output - image).square().mean().backward()
+        optimizer.step()
+    assert (output - image).square().mean() < before / 10
+
+
+def test_clip_is_exactly_a_clamp_on_the_way_there():
+    """Older releases give what they gave, bit for bit, in half precision too."""
+    x = 3 * torch.randn(1000)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert torch.equal(clip(x.to(dtype)), x.to(dtype).clamp(-1, 1))
+        assert clip(x.to(dtype)).dtype == dtype
+    assert clip(torch.tensor([float("nan")])).isnan().all(), "not hidden"
+
+
+def test_a_size_that_cannot_be_halved_is_refused_with_those_that_can():
+    with pytest.raises(ValueError, match=r"image_size 50: .*4 widths.* 3 times.*48 or 56 would do"):
+        Translator(["dog"], image_size=50, widths=(8, 8, 8, 8))
+    with pytest.raises(ValueError, match="a side of 4 cannot be: 8 would do"):
+        Translator(["dog"], image_size=4, widths=(8, 8, 8, 8))
+    Translator(["dog"], image_size=48, widths=(8, 8, 8, 8))

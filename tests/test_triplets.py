@@ -672,12 +672,12 @@ def test_triplets_of_another_prior_or_time_range_are_refused(
     stored, data, tiny_prior_folder, other_prior_folder, tmp_path
 ):
     args = training_args(other_prior_folder, data, tmp_path, stored)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(SystemExit) as caught:
         train_bias.main(args)
     assert str(tiny_prior_folder) in str(caught.value)
     assert str(other_prior_folder) in str(caught.value)
     args = worlds.bias_args(tiny_prior_folder, data, tmp_path, "--model.time_range=[0.1,0.5]")
-    with pytest.raises(ValueError, match=r"time_range \[0\.02, 0\.98\].*\[0\.1, 0\.5\]"):
+    with pytest.raises(SystemExit, match=r"time_range \[0\.02, 0\.98\].*\[0\.1, 0\.5\]"):
         train_bias.main([*args, f"--data.heldout={stored}/heldout-*.tar"])
 
 

@@ -76,7 +76,7 @@ def last(run: Path, name: str = "last") -> dict:
 
 
 def message(run, command: list[str]) -> str:
-    with pytest.raises((ValueError, OSError)) as caught:
+    with pytest.raises(SystemExit) as caught:
         run(command)
     return str(caught.value)
 
@@ -260,7 +260,7 @@ def test_a_wrong_folder_ends_it_before_training(tiny_prior_folder, data, tmp_pat
     for wrong in (f"{tmp_path}/nothing", f"{tmp_path}/not/there"):
         command = args(tiny_prior_folder, data, tmp_path / "run", wrong)
         assert f"model.validation.clip {wrong}" in message(train_translator.main, command)
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("option", ["images", "pictures"])
@@ -282,8 +282,8 @@ def test_a_key_that_is_there_twice_ends_it_before_training(
     said = message(
         train_translator.main, args(tiny_prior_folder, data, tmp_path / "run", None, *more)
     )
-    assert said.startswith(f"data.heldout {tmp_path}/*.tar: ") and "the key 01000 twice" in said
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert f"data.heldout {tmp_path}/*.tar: " in said and "the key 01000 twice" in said
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,23 +1,17 @@
 """Both trainings without their scripts: `python -m lmc.training translator fit --config …`."""
 
 import sys
-import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from lmc.training.bias import CorrectorTraining
-from lmc.training.cli import TrainingCLI
-from lmc.training.translator import TranslatorTraining
-
-STAGES = {"bias": CorrectorTraining, "translator": TranslatorTraining}
+from lmc.training.start import STAGES, train
 
 
-def main(args: Sequence[str]) -> TrainingCLI:
+def main(args: Sequence[str]) -> Any:
     """Run a stage's command line; `args` starts with 'bias' or 'translator'."""
     if not args or args[0] not in STAGES:
         sys.exit(f"usage: python -m lmc.training {{{','.join(STAGES)}}} fit --config FILE …")
-    # LightningCLI wonders about arguments beside those of the process; they are a part of those.
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-    return TrainingCLI(STAGES[args[0]], list(args[1:]))
+    return train(args[0], args[1:], f"lmc.training {args[0]}")
 
 
 if __name__ == "__main__":

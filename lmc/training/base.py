@@ -1,6 +1,7 @@
 """What both stages' training shares: EMA, optimizer, randomness by step, the guard against NaN."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lmc.errors import require
 from lmc.files import whole
 from lmc.schedule import time_bin
 from lmc.training.resume import covers
@@ -23,11 +25,30 @@ PRIOR = "model.prior.init_args.pretrained"  # the key of the configuration that 
 
 @dataclass(frozen=True)
 class StepDecay:
-    """A learning rate of `lr` times `factor` once every `every` steps."""
+    """A learning rate of `lr` times `factor` once every `every` steps.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
 
     lr: float
     factor: float = 0.9
     every: int = 100_000
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, "model.optimizer.lr", "above 0", self.lr)
+        require(0 < self.factor <= 1, "model.optimizer.factor", "in (0, 1]", self.factor)
+        require(self.every >= 1, "model.optimizer.every", "at least 1", self.every)
+
+
+class Identified:
+    """A prior whose identity another process has taken from its weights."""
+
+    def __init__(self, prior: Any, identity: Mapping[str, Any]) -> None:
+        self._prior, self.identity = prior, identity
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._prior, name)
 
 
 class NonFiniteGradient(FloatingPointError):
@@ -58,6 +79,7 @@ class TrainingModule(LightningModule):
             the device).
     """
 
+    prior: Any
     paper_batch: ClassVar[int]
     best_by: ClassVar[tuple[str, ...]] = ()
     allowed: Sequence[str] = ()
@@ -86,8 +108,7 @@ class TrainingModule(LightningModule):
         check_every: int = 50,
     ) -> None:
         super().__init__()
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        require(0 <= ema_decay < 1, "model.ema_decay", "in [0, 1)", ema_decay)
         self.network = network.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(self.network)
         self.ema.requires_grad_(False)
@@ -96,6 +117,27 @@ class TrainingModule(LightningModule):
         self.batches_done = 0
         self._unchecked: list[tuple[int, Tensor, Tensor, list[str], str]] = []
         self._gradients: list[tuple[int, Tensor]] = []  # of the weights: step, whether finite
+
+    def check(self, data: Any) -> None:
+        """Refuse what does not fit together, before anything is written and weights are loaded.
+
+        What is quickly looked at comes first, what reads whole files last.
+
+        Args:
+            data: the `ImageData`, itself checked.
+
+        Raises:
+            ValueError, OSError: see the stages.
+        """
+
+    def share_identity(self) -> Mapping[str, Any]:
+        """The prior's identity, for which its weights are read: by rank zero, for all ranks."""
+        first = self.trainer.is_global_zero
+        mine: Mapping[str, Any] = self.prior.identity if first else {}
+        identity = self.trainer.strategy.broadcast(mine)
+        if not first:
+            self.prior = Identified(self.prior, identity)
+        return identity
 
     @property
     def averaged(self) -> nn.Module:
@@ -281,6 +323,14 @@ class TrainingModule(LightningModule):
                     {f"{name}/t{i / TIME_BINS:.1f}": mean for i, mean in means.items()},
                     self.global_step,
                 )
+
+
+def leads() -> bool:
+    """Whether this process does for the others of its machine what one has to do.
+
+    It does where no launcher says that it is a later one; a launcher ends all when one fails.
+    """
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def plain(value: Any) -> Any:

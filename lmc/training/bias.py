@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lmc.corrector import BiasCorrector, Corrector, Statistics, corrector_loss
+from lmc.errors import about
 from lmc.filter import FilterCorrector
 from lmc.load import load_corrector
 from lmc.measure.correctors import HELDOUT, CorrectorErrors
@@ -24,7 +25,7 @@ from lmc.shards.triplets import (
     heldout_triplets,
     sample_triplets,
 )
-from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, show
+from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, leads, plain, show
 from lmc.unet import Norm
 
 
@@ -49,6 +50,9 @@ class CorrectorTraining(TrainingModule):
         heldout_images: how many held-out images are measured, the first in the shards' order (of
             stored triplets each at all its times); None is all.
         seed: of t and eps; follows seed_everything.
+
+    Raises:
+        ValueError: a number or a range that makes no sense.
     """
 
     takes_triplets = True
@@ -74,11 +78,12 @@ class CorrectorTraining(TrainingModule):
             )
         if bounded is None:
             bounded = not prior.latent
-        corrector = Corrector(
-            prior.channels, widths, norm, bounded, statistics, prior=prior.identity
-        )
+        with about("model"):
+            check_time_range(time_range)
+            # Of which prior it is, is known when the prior's weights are read: see `setup`.
+            corrector = Corrector(prior.channels, widths, norm, bounded, statistics)
         super().__init__(corrector, optimizer, ema_decay, seed)
-        self.prior, self.time_range = prior, check_time_range(time_range)
+        self.prior, self.time_range = prior, time_range
         self.closed_form, self._heldout_images = closed_form, heldout_images
         # By the name of its error. In a dict: it is no part of the module, nor of its state.
         self.others: dict[str, BiasCorrector] = {}
@@ -99,6 +104,34 @@ class CorrectorTraining(TrainingModule):
         """See the class."""
         return self._heldout_images
 
+    def check(self, data: Any) -> None:
+        """See `TrainingModule`.
+
+        Raises:
+            ValueError: the U-Net cannot halve the prior's images; the data are triplets of another
+                prior, or of another time range; or see `load_closed_form`.
+            OSError: see `load_closed_form`.
+        """
+        origins = data.origins()
+        if None in origins and not self.prior.latent:
+            with about("model.widths and the images of model.prior"):
+                self.corrector.unet.check_size(self.prior.image_size)
+        for origin in filter(None, origins):
+            check_origin(origin, origin["prior"], self.time_range)
+        if self.closed_form is not None:
+            self.others["closed_form_loss"] = load_closed_form(self.closed_form)
+        if leads() and (self.others or any(origins)):
+            self._check_prior(self.prior.identity, origins)
+
+    def _check_prior(
+        self, identity: Mapping[str, Any], origins: Sequence[Mapping[str, Any] | None]
+    ) -> None:
+        for origin in filter(None, origins):
+            check_origin(origin, identity, self.time_range)
+        with about(f"model.closed_form {self.closed_form}"):
+            for other in self.others.values():
+                other.check_prior(identity)
+
     def prepare_data(self) -> None:
         """Embed the empty prompt into the cache, on one process a node."""
         if self._samples_triplets():
@@ -108,17 +141,16 @@ class CorrectorTraining(TrainingModule):
         """Load the prior and the empty prompt's embedding, if some of the data are images.
 
         Raises:
-            ValueError: the data are triplets of another prior, or of another time range; or see
-                `load_closed_form`.
-            OSError: see `load_closed_form`.
+            OSError, ValueError: see `check`.
         """
         device = self.trainer.strategy.root_device
-        if self.closed_form is not None:
-            loaded = load_closed_form(self.closed_form, self.prior.identity)
-            self.others["closed_form_loss"] = loaded.to(device)
-        for origin in self._origins():
-            if origin is not None:
-                check_origin(origin, self.prior.identity, self.time_range)
+        if self.closed_form is not None and not self.others:
+            self.others["closed_form_loss"] = load_closed_form(self.closed_form)
+        identity = self.share_identity()
+        self._check_prior(identity, self._origins())
+        self.corrector.prior = dict(identity)
+        for other in self.others.values():
+            other.to(device)
         if self._samples_triplets():
             self.null = self.prior.embed([""]).to(device)
             self.prior.to(device)
@@ -147,6 +179,11 @@ class CorrectorTraining(TrainingModule):
         z = encoded(self.prior, batch.image)
         t, eps = draw_t_and_eps(z, generator, self.time_range)
         return sample_triplets(self.prior, z, t, eps, self.null.expand(len(z)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The corrector's prior goes with it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["network"]["config"]["prior"] = plain(self.corrector.prior)
 
     def training_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> Tensor:
         """L_k, mean over the batch."""
@@ -193,21 +230,19 @@ class CorrectorTraining(TrainingModule):
             self.log(f"heldout/{name}", value, sync_dist=True)  # equal on all already
 
 
-def load_closed_form(pretrained: str, identity: Mapping[str, Any]) -> FilterCorrector:
-    """A released closed-form corrector of a prior.
+def load_closed_form(pretrained: str) -> FilterCorrector:
+    """A released closed-form corrector.
 
     Args:
         pretrained: folder or hub id.
-        identity: `Prior.identity` of the prior it has to be of.
 
     Raises:
         OSError: there is none.
-        ValueError: it is another kind of corrector, or another prior's.
+        ValueError: it is another kind of corrector.
     """
     option = f"model.closed_form {pretrained}"
     try:
         corrector = load_corrector(pretrained)
-        corrector.check_prior(identity)
     except OSError as error:
         raise OSError(
             f"{option}: no release there: make one (lmc closed_form --out {pretrained})"

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,7 +19,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lmc.errors import about, is_users, require
+from lmc.losses import ScoreDistillation
 from lmc.release import Terms
+from lmc.schedule import TimeSchedule
 from lmc.training import dry_run, processes
 from lmc.training.about import About
 from lmc.training.base import TrainingModule
@@ -33,6 +36,13 @@ from lmc.training.callbacks import (
 )
 from lmc.training.data import ImageData
 from lmc.training.resume import KeepConfig, check_changes
+
+# What counts steps or processes, where it is given.
+COUNTS = (
+    "save_every",
+    *("trainer.max_steps", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps"),
+    "trainer.num_nodes",
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -58,8 +68,8 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=None,  # KeepConfig does
             auto_configure_optimizers=False,
-            # In place of all keys there are, which would push an error out of sight.
-            parser_kwargs={"fit": {"usage": "%(prog)s --config FILE [--KEY VALUE ...]"}},
+            # Errors are raised, for `lmc.training.start` to print as one line.
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
             args=args,
         )
 
@@ -109,16 +119,21 @@ class TrainingCLI(LightningCLI):
         return Path(self.config["fit"]["run"]) / "checkpoints" / "last.ckpt"
 
     def before_instantiate_classes(self) -> None:
-        """Compare with the run that is there; report and leave, where that is all that is asked.
+        """Check the numbers, compare with the run that is there; report and leave, if asked.
 
         Raises:
-            ValueError: see `check_changes`.
+            ValueError: a number out of its range, or see `check_changes`.
             SystemExit: with status 0, after the report.
         """
+        for option, kind in (("model.loss", ScoreDistillation), ("model.time", TimeSchedule)):
+            self.parser.add_instantiator(named(option), kind)
         # As nested by the subcommand; and without what is said for this once.
         whole = yaml.safe_load(self.parser.dump(self.config, format="yaml", skip_none=False))
         self.settings = {**whole["fit"], "allow_changes": [], "dry_run": False}
         config = self.config["fit"]
+        for option in COUNTS:
+            value = config[option]
+            require(value is None or value >= 1, option, "at least 1", value)
         run, changes = Path(config["run"]), []
         if self.checkpoint.exists():
             changes = check_changes(run / "config.yaml", self.settings, config["allow_changes"])
@@ -133,28 +148,28 @@ class TrainingCLI(LightningCLI):
         if first:
             print(*changes, sep="\n", end="\n" if changes else "", flush=True)
 
+    def instantiate_classes(self) -> None:
+        """As Lightning does, but the error of a class is not one of the types it was tried as."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause = error.__cause__
+            if isinstance(cause, ValueError) and is_users(cause) and not is_users(error):
+                raise cause from None
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs and saves into the run folder."""
         config = self.config["fit"]
         run = Path(config["run"])
-        try:
-            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            # Named by process: several ranks look at once.
-            probe = run / "checkpoints" / f".writable-{socket.gethostname()}-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(f"cannot write into the run folder {run}: {error}") from error
         given = self.config_init["fit"]["trainer"]
         plugins = as_list(given["plugins"])
         kwargs["default_root_dir"] = run
         kwargs["logger"] = loggers(run, given["logger"])
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
-        if trainer.max_steps < 1:
-            raise ValueError("trainer.max_steps must say how many steps to train")
-        about = About(run / "about.json")
-        last = SaveLast(self.checkpoint, config["save_every"], config["keep"], about)
+        made_with = About(run / "about.json")
+        last = SaveLast(self.checkpoint, config["save_every"], config["keep"], made_with)
         environment = next((x for x in plugins if isinstance(x, ClusterEnvironment)), None)
         header = f"# lightning.pytorch=={lightning.__version__}\n"
         text = header + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
@@ -166,11 +181,34 @@ class TrainingCLI(LightningCLI):
             ValidateAtEnd(),
             last,
             SaveBest(self.checkpoint.with_name("best.ckpt")),
-            about,
+            made_with,
             KeepConfig(run / "config.yaml", text),
             processes.LeaveOnSignal(last.save, environment),
         ]
         return trainer
+
+    def before_fit(self) -> None:
+        """Check all that can be, what is quick first; then make the run folder.
+
+        Raises:
+            OSError, ValueError: see the `check` of data and model; or the run folder cannot be
+                written.
+        """
+        run = Path(self.config["fit"]["run"])
+        there = next(each for each in (run, *run.absolute().parents) if each.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "not writable" if there.is_dir() else "a file"
+            raise OSError(f"cannot write into the run folder {run}: {there} is {why}")
+        self.datamodule.check(self.model)
+        self.model.check(self.datamodule)
+        try:
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            # Named by process: several ranks look at once.
+            probe = run / "checkpoints" / f".writable-{socket.gethostname()}-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"cannot write into the run folder {run}: {error}") from error
 
     def fit(self, **kwargs: Any) -> None:
         """Train, in all processes, going on where the run is.
@@ -231,15 +269,6 @@ class ConfigReader(TrainingCLI):
             read["data"]["image_size"] = read["model"].get("image_size")
         return read
 
-    def setup_parser(
-        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
-    ) -> None:
-        """Parsers that raise their errors."""
-        raising = {
-            name: {**given, "exit_on_error": False} for name, given in subparser_kwargs.items()
-        }
-        super().setup_parser(add_subcommands, {**main_kwargs, "exit_on_error": False}, raising)
-
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Not before `read`."""
         self.config = Namespace(subcommand=None, seed_everything=False)
@@ -264,6 +293,16 @@ def as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def named(option: str) -> Callable[..., Any]:
+    """What builds the class given for an option: its errors name the option."""
+
+    def build(kind: type, *args: Any, **kwargs: Any) -> Any:
+        with about(option):
+            return kind(*args, **kwargs)
+
+    return build
 
 
 def plain(value: Any) -> Any:

@@ -1,5 +1,8 @@
 """Shards as a LightningDataModule that can be taken up again at any step."""
 
+import os
+import tarfile
+from pathlib import Path
 from typing import Any
 
 import torch.distributed
@@ -7,9 +10,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from lmc.errors import about, require
 from lmc.measure.results import check_keys
 from lmc.shards.images import ImageBatch, ImageStream
-from lmc.shards.stream import ShardStream
+from lmc.shards.stream import ShardStream, expand_shards
 from lmc.shards.triplets import TripletBatch, TripletStream, triplet_origin
 from lmc.training.processes import shield_worker
 
@@ -28,6 +32,9 @@ class ImageData(LightningDataModule):
         num_workers: loading processes a training process; 0 loads in the process itself.
         shuffle: samples in the shuffle buffer.
         seed: of the order; follows seed_everything.
+
+    Raises:
+        ValueError: a number out of its range.
     """
 
     def __init__(
@@ -41,26 +48,47 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        require(image_size is None or image_size >= 1, "data.image_size", "at least 1", image_size)
+        require(batch_size >= 1, "data.batch_size", "at least 1", batch_size)
+        require(num_workers >= 0, "data.num_workers", "at least 0", num_workers)
+        require(shuffle >= 0, "data.shuffle", "at least 0", shuffle)
         self.train, self.heldout, self.image_size = train, heldout, image_size
         self.batch_size, self.num_workers = batch_size, num_workers
         self.shuffle, self.seed = shuffle, seed
+        self._checked = False
         self._origins: dict[str, Any] = {}
         self.batches_read = 0
         self.positions: dict[int, tuple[int, int]] = {}  # by worker
         self.skipped = 0
 
-    def setup(self, stage: str) -> None:
-        """Find the shards and read a sample of each split.
+    def check(self, model: Any = None) -> None:
+        """Find the shards and read a sample of each split; nothing else is needed for it.
+
+        Args:
+            model: that will be trained, a `TrainingModule`.
 
         Raises:
-            FileNotFoundError, ValueError: see `ImageStream`; or two of the held-out images the
-                model measures have one key.
+            FileNotFoundError, ValueError: see `ImageStream`; or a shard is among the training and
+                the held-out ones; or two of the held-out images the model measures have one key.
         """
-        for shards in (self.train, self.heldout):
-            self._stream(shards, training=False).check()
-        # What the first look at them would find, after hours.
-        heldout = self._stream(self.heldout, training=False)
-        if heldout.limit is not None and not self._takes_triplets():
+        for option, shards in (("data.train", self.train), ("data.heldout", self.heldout)):
+            with about(option):
+                try:
+                    self._stream(shards, False, model).check()
+                except tarfile.TarError as error:
+                    raise ValueError(f"{shards} is no tar of samples: {error}") from error
+        train, held_out = (
+            {os.path.realpath(url) if Path(url).exists() else url for url in expand_shards(shards)}
+            for shards in (self.train, self.heldout)
+        )
+        if both := train & held_out:
+            raise ValueError(
+                f"data.heldout {self.heldout}: {min(both)} is among data.train too: held out are "
+                "images that are not trained on"
+            )
+        # What the first validation would find, after hours.
+        heldout = self._stream(self.heldout, False, model)
+        if heldout.limit is not None and not getattr(model, "takes_triplets", False):
             looked_at = heldout.samples(heldout.urls, heldout.limit)
             try:
                 check_keys([sample["__key__"] for sample in looked_at])
@@ -68,6 +96,12 @@ class ImageData(LightningDataModule):
                 raise ValueError(
                     f"data.heldout {self.heldout}: {error}; prepare it with a key for each image"
                 ) from error
+        self._checked = True
+
+    def setup(self, stage: str) -> None:
+        """See `check`, if that was not done yet."""
+        if not self._checked:
+            self.check()
 
     def origins(self) -> list[dict[str, Any] | None]:
         """Of the training and the held-out shards: see `lmc.shards.triplets.triplet_origin`."""
@@ -115,18 +149,14 @@ class ImageData(LightningDataModule):
             self.batches_read = state_dict["ranks"][rank]["batches_read"]
             self.positions = state_dict["ranks"][rank]["positions"]
 
-    def _takes_triplets(self) -> bool:
-        """Whether to the model triplets are triplets, not (of a pixel prior) images like others."""
-        model: Any = self.trainer and self.trainer.lightning_module
-        return getattr(model, "takes_triplets", False)
-
-    def _stream(self, shards: str, training: bool) -> ShardStream:
+    def _stream(self, shards: str, training: bool, model: Any = None) -> ShardStream:
         how: dict[str, Any] = {"seed": self.seed, "shuffle": self.shuffle}
         if self.trainer is not None:
-            model: Any = self.trainer.lightning_module
+            model = self.trainer.lightning_module
             how |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-            how["limit"] = None if training else getattr(model, "heldout_images", None)
-        if self._takes_triplets():
+        how["limit"] = None if training else getattr(model, "heldout_images", None)
+        # To any other model, triplets of a pixel prior are shards of images like others.
+        if getattr(model, "takes_triplets", False):
             self.origins()
             if self._origins[shards] is not None:
                 return TripletStream(shards, self.batch_size, training, **how)

@@ -91,16 +91,6 @@ def report(
     return "\n".join(f"{name:<13}{text}" for name, text in lines)
 
 
-class Unread:
-    """A prior without its identity, which takes a digest of the weights."""
-
-    def __init__(self, prior: Any) -> None:
-        self._prior, self.identity = prior, dict[str, Any]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._prior, name)
-
-
 def build_prior(config: Mapping[str, Any]) -> tuple[Any, str]:
     """The prior, or None and why it cannot be had here. Constructing it loads no weights."""
     try:
@@ -113,7 +103,7 @@ def build_model(
     model_class: type[TrainingModule], config: Mapping[str, Any], prior: Any
 ) -> TrainingModule:
     """The training module with its network on the meta device, for the sake of its sizes."""
-    given = {**config, "prior": Unread(prior or UNKNOWN)}
+    given = {**config, "prior": prior or UNKNOWN}
     if "loss" in given:
         # It may load a corrector's weights.
         given["loss"] = SimpleNamespace(choose_time=lambda time: time, negative_prompt=None)

@@ -32,6 +32,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lmc.errors import is_users, message
+
 LAUNCHER = "LMC_LAUNCHER"  # environment: the process id of the launcher of this process
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -46,15 +48,18 @@ class EndTogether(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Print the error and end this process and those it started, at once.
+        """Print the error (of a bug its traceback), and end this process and those it started.
 
-        Not by way of an ordinary exit: that waits for the device, hence for collectives that the
-        other processes will never join.
+        At once, not by way of an ordinary exit: that waits for the device, hence for collectives
+        that the other processes will never join.
         """
         if trainer.world_size == 1 or not isinstance(exception, Exception):
             return
-        traceback.print_exception(exception)
-        print(f"{getattr(self, 'name', 'a process')} failed: {exception!r}", file=sys.stderr)
+        what = message(exception)
+        if not is_users(exception):
+            traceback.print_exception(exception)
+            what = repr(exception)
+        print(f"{getattr(self, 'name', 'a process')} failed: {what}", file=sys.stderr)
         for logger in trainer.loggers:
             logger.finalize("failed")
         for process in children(trainer):

@@ -3,19 +3,21 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmc.corrector import BiasCorrector
+from lmc.errors import about, require
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.measure.evaluate import Prompts
 from lmc.measure.figures import labelled_grid
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
-from lmc.training.base import StepDecay, TrainingModule, show
+from lmc.training.base import StepDecay, TrainingModule, leads, show
 from lmc.training.resume import covers
 from lmc.training.validation import Heldout, Validation, load_tools
 from lmc.translator import Translator
@@ -66,7 +68,7 @@ class TranslatorTraining(TrainingModule):
         seed: of classes, t and eps; follows seed_everything.
 
     Raises:
-        ValueError: a prompt without {}, a source that is a target too, or see
+        ValueError: a prompt without {}, a source that is a target too, or see `Translator` and
             `ScoreDistillation.choose_time`.
     """
 
@@ -94,16 +96,16 @@ class TranslatorTraining(TrainingModule):
         seed: int = 0,
     ) -> None:
         if "{}" not in prompt:
-            raise ValueError(f"prompt {prompt!r} has no {{}} for the class's name")
+            raise ValueError(f"model.prompt {prompt!r} has no {{}} for the class's name")
         if source in classes:
-            raise ValueError(f"the source class {source!r} is among the targets {list(classes)}")
-        super().__init__(
-            Translator(list(classes), image_size, list(widths), norm, residual),
-            optimizer,
-            ema_decay,
-            seed,
-        )
-        self.prior, self.loss, self.time = prior, loss, loss.choose_time(time)
+            raise ValueError(
+                f"model.source {source!r} is among the targets, model.classes {list(classes)}"
+            )
+        with about("model"):
+            translator = Translator(list(classes), image_size, list(widths), norm, residual)
+            chosen = loss.choose_time(time)
+        super().__init__(translator, optimizer, ema_decay, seed)
+        self.prior, self.loss, self.time = prior, loss, chosen
         targets = {name: prompt.format(name) for name in classes}
         self.prompts = ["", prompt.format(source), *targets.values()]
         # Those that compete in R-Precision are the targets' and the source's, as in lmc evaluate.
@@ -135,6 +137,33 @@ class TranslatorTraining(TrainingModule):
         """See `TrainingModule`."""
         return self.validation.images
 
+    def check(self, data: Any) -> None:
+        """See `TrainingModule`.
+
+        Raises:
+            ValueError: a negative weight; model.image_size is not data.image_size; or the loss
+                refuses the prior.
+            OSError: model.validation.clip is the path of no folder, or of one without a CLIP.
+        """
+        for name in ("score_weight", "l2_weight"):
+            for part, value in vars(getattr(self, name)).items():
+                require(0 <= value < math.inf, f"model.{name}.{part}", "at least 0", value)
+        if data.image_size not in (None, self.image_size):
+            raise ValueError(
+                f"model.image_size {self.image_size} and data.image_size {data.image_size} differ: "
+                "set the first to the side of the shards' images, and leave out the other"
+            )
+        clip = self.validation.clip
+        folder = Path(clip) if clip is not None else None
+        if folder is not None and not (folder / "config.json").exists():
+            if folder.is_dir():
+                raise FileNotFoundError(f"model.validation.clip {clip}: it has no config.json")
+            if len(folder.parts) > 2 or folder.is_absolute():  # or it may be a hub id
+                raise FileNotFoundError(f"model.validation.clip {clip}: no such folder")
+        if leads():
+            with about("model.loss"):
+                self.loss.check(self.prior)
+
     def prepare_data(self) -> None:
         """Embed the prompts into the cache, on one process a node."""
         self.prior.embed(self.prompts)
@@ -143,15 +172,11 @@ class TranslatorTraining(TrainingModule):
         """Load what measures, the prior and the loss, and the prompts' embeddings.
 
         Raises:
-            ValueError: model.image_size is not data.image_size; or see the loss's `prepare`.
+            ValueError: see the loss's `check`.
             OSError, ValueError: see `load_tools`.
         """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if data is not None and data.image_size not in (None, self.image_size):
-            raise ValueError(
-                f"model.image_size {self.image_size} and data.image_size {data.image_size} differ: "
-                "set the first to the side of the shards' images, and leave out the other"
-            )
+        if hasattr(self.loss, "corrector"):  # which asks for it
+            self.share_identity()
         device = self.trainer.strategy.root_device
         self.tools = load_tools(self.validation, self.image_size, device)
         if self.trainer.is_global_zero:

@@ -1,0 +1,568 @@
+"""What users get wrong, and the one line that each of them gets to read."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+from transformers import CLIPModel, T5EncoderModel
+
+import lmc.training.__main__ as training
+import train_bias
+import train_translator
+from lmc.corrector import Corrector
+from lmc.errors import about, require
+from lmc.release import write_release
+from lmc.shards.images import write_shard
+from lmc.training import processes
+from lmc.training.base import Identified, TrainingModule
+from lmc.training.cli import ConfigReader
+from lmc.training.start import STAGES
+from lmc.training.translator import TranslatorTraining
+from lmc.training.typos import check_names, options
+from lmc.translator import Translator
+
+import worlds
+
+ROOT = Path(__file__).parents[1]
+MAINS = {"bias": train_bias.main, "translator": train_translator.main}
+
+
+@dataclass
+class World:
+    """Good input, and bad."""
+
+    folder: Path
+    prior: Path
+    data: str
+
+    def arguments(self, stage: str, more: str) -> list[str]:
+        """A tiny training that would run, and what is wrong in place of it: a word an option."""
+        run = self.folder / "run"
+        args = (
+            worlds.bias_args(self.prior, self.data, run)
+            if stage == "bias"
+            else worlds.translator_args(self.prior, self.data, run, "SDS")
+        )
+        names = {"here": self.folder, "prior": self.prior, "data": self.data}
+        return [*args, *(word.format(**names).replace("~", " ") for word in more.split())]
+
+
+CONFIGS = {
+    "key.yaml": "model:\n  widht: [8, 8]\n",
+    "init.yaml": "model: {loss: {class_path: lmc.losses.SDS, init_args: {guidance: 3}}}\n",
+    "group.yaml": "modle: {}\n",
+    "broken.yaml": "model:\n  widths: [8, 8\ndata: 3\n",
+    "list.yaml": "- model\n- data\n",
+    "empty.yaml": "",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_prior_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """All that the cases name. Shared: `world` gives each of them a folder of its own."""
+    folder = tmp_path_factory.mktemp("bad")
+    data = worlds.write_world(folder / "data")
+    for name, text in CONFIGS.items():
+        (folder / name).write_text(text)
+    (folder / "a_file").write_text("")
+    (folder / "empty.tar").write_bytes(b"\0" * 10240)
+    picture = worlds.png(torch.zeros(3, 16, 16))
+    write_shard(folder / "unlabelled.tar", [("0", picture, "png", {"class": "cat"})])
+    small = worlds.png(torch.zeros(3, 8, 8))
+    write_shard(folder / "small.tar", [("0", small, "png", {"label": "cat"})])
+    twice = [("0", picture, "png", {"label": "cat"}), ("0", picture, "png", {"label": "cat"})]
+    for number, sample in enumerate(twice):
+        write_shard(folder / f"twice-{number}.tar", [sample])
+    other = {"pretrained": "another", "prediction_type": "epsilon", "digest": "0" * 64}
+    write_release(Corrector(3, (8, 8), prior=other), folder / "corrector", "made up")
+    write_release(Translator(["dog"], 16, (8, 8)), folder / "translator", "made up")
+    (folder / "no_prior").mkdir()
+    (folder / "odd_prior").mkdir()
+    odd = {"_class_name": "FluxPipeline"}
+    (folder / "odd_prior" / "model_index.json").write_text(json.dumps(odd))
+    for part in ("unet", "scheduler"):
+        (folder / "odd_prior" / part).mkdir()
+        (folder / "odd_prior" / part / "config.json").write_text("{}")
+    return World(folder, tiny_prior_folder, data)
+
+
+@pytest.fixture
+def world(made: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The same, where nobody may load weights."""
+
+    def from_pretrained(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    for kind in (UNet2DConditionModel, T5EncoderModel, CLIPModel):
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    return made
+
+
+# Name; stage; what is wrong, where ~ is a blank; status; what the line must say.
+TRAININGS = [
+    # What is misspelt, or no configuration at all.
+    ("key in a file", "translator", "--config={here}/key.yaml", 1,
+     ["key.yaml", "model has no 'widht'", "did you mean 'widths'?"]),
+    ("option of a loss in a file", "translator", "--config {here}/init.yaml", 1,
+     ["init.yaml", "model.loss (SDS)", "'guidance'", "'guidance_scale'"]),
+    ("group in a file", "bias", "-c {here}/group.yaml", 1, ["group.yaml", "'modle'", "'model'"]),
+    ("option", "bias", "--model.widht=[8,8]", 1, ["--model.widht", "did you mean 'widths'?"]),
+    ("option, abbreviated", "bias", "--model.width [8,8]", 1, ["did you mean 'widths'?"]),
+    ("option of a dataclass", "translator", "--model.l2_weight.step=5", 1,
+     ["model.l2_weight", "did you mean 'steps'?"]),
+    ("option of the data", "bias", "--data.batchsize=5", 1, ["'batchsize'", "'batch_size'"]),
+    ("option of the trainer", "bias", "--trainer.device=2", 1, ["trainer", "'devices'?"]),
+    ("option without its group", "bias", "--max_steps=5", 1, ["'trainer.max_steps'?"]),
+    ("option of another loss", "translator", "--model.loss.corrector=x", 1,
+     ["model.loss (SDS)", "'corrector'", "guidance_scale"]),
+    ("option of a prior", "bias", "--model.prior.init_args.pretraind=x", 1,
+     ["model.prior (DiffusersPrior)", "'pretrained'?"]),
+    ("no such config", "bias", "--config=no/such.yaml", 1, ["--config", "no/such.yaml"]),
+    ("broken YAML", "bias", "--config={here}/broken.yaml", 1, ["broken.yaml, line 3", "YAML"]),
+    ("YAML of a list", "bias", "--config={here}/list.yaml", 1, ["list.yaml", "a list"]),
+    ("empty YAML", "bias", "--config={here}/empty.yaml", 1, ["empty.yaml", "nothing"]),
+    ("a shard as YAML", "bias", "--config={data}/train-00000.tar", 1, ["train-00000.tar", "YAML"]),
+    ("a folder as YAML", "bias", "--config={here}", 1, ["--config", "directory"]),
+    # Classes.
+    ("unknown loss", "translator", "--model.loss=NFSDX", 2, ["model.loss", "NFSDX"]),
+    ("unknown loss of lmc", "translator", "--model.loss=lmc.losses.SDDS", 1,
+     ["lmc.losses has no 'SDDS'", "did you mean"]),
+    ("unknown module of lmc", "translator", "--model.loss=lmc.loss.SDS", 1, ["'lmc.loss'"]),
+    ("module that is not there", "translator", "--model.loss=no_such_module.Loss", 1,
+     ["model.loss", "'no_such_module'"]),
+    ("class that is no loss", "translator", "--model.loss=lmc.unet.UNet", 2,
+     ["model.loss", "UNet"]),
+    ("loss without its corrector", "translator", "--model.loss=LMC", 2,
+     ["model.loss", "corrector", "required"]),
+    # Kinds of values.
+    ("text for a number", "bias", "--data.batch_size=many", 2, ["data.batch_size", "int", "many"]),
+    ("number for a list", "bias", "--model.widths=7", 2, ["model.widths", "7"]),
+    ("part of a step", "bias", "--trainer.max_steps=2.5", 2, ["trainer.max_steps", "2.5"]),
+    ("unknown norm", "bias", "--model.norm=batch", 2, ["model.norm", "'none', 'group'"]),
+    # Numbers out of range.
+    ("no batch", "bias", "--data.batch_size=0", 1, ["data.batch_size", "at least 1", "got 0"]),
+    ("negative batch", "translator", "--data.batch_size=-4", 1, ["data.batch_size", "got -4"]),
+    ("negative workers", "bias", "--data.num_workers=-1", 1, ["data.num_workers", "at least 0"]),
+    ("negative shuffle", "bias", "--data.shuffle=-1", 1, ["data.shuffle", "at least 0"]),
+    ("no pixels", "bias", "--data.image_size=0", 1, ["data.image_size", "at least 1"]),
+    ("negative rate", "bias", "--model.optimizer.lr=-0.1", 1, ["model.optimizer.lr", "-0.1"]),
+    ("no rate", "translator", "--model.optimizer.lr=0", 1, ["model.optimizer.lr", "above 0"]),
+    ("rate that is no number", "bias", "--model.optimizer.lr=.nan", 1, ["model.optimizer.lr"]),
+    ("growing rate", "bias", "--model.optimizer={{lr:~0.1,~factor:~2}}", 1,
+     ["model.optimizer.factor", "(0, 1]"]),
+    ("decay every 0", "bias", "--model.optimizer={{lr:~0.1,~every:~0}}", 1,
+     ["model.optimizer.every", "at least 1"]),
+    ("average", "translator", "--model.ema_decay=1.5", 1, ["model.ema_decay", "[0, 1)", "1.5"]),
+    ("no steps", "bias", "--trainer.max_steps=0", 1, ["trainer.max_steps", "at least 1"]),
+    ("endless steps", "translator", "--trainer.max_steps=-1", 1, ["trainer.max_steps", "-1"]),
+    ("save every 0", "bias", "--save_every=0", 1, ["save_every", "at least 1"]),
+    ("accumulate 0", "bias", "--trainer.accumulate_grad_batches=0", 1,
+     ["trainer.accumulate_grad_batches", "at least 1"]),
+    ("more GPUs than there are", "bias", "--trainer.accelerator=gpu --trainer.devices=99", 1,
+     ["gpu"]),
+    ("negative score weight", "translator", "--model.score_weight={{start:~-1,~end:~1}}", 1,
+     ["model.score_weight.start", "at least 0"]),
+    ("negative L2 weight", "translator", "--model.l2_weight={{start:~1,~end:~-1}}", 1,
+     ["model.l2_weight.end", "at least 0"]),
+    ("negative ramp", "translator", "--model.l2_weight={{start:~1,~end:~1,~steps:~-5}}", 1,
+     ["model.l2_weight.steps", "at least 0"]),
+    ("no held-out images", "translator", "--model.validation.images=0", 1,
+     ["model.validation.images", "at least 1"]),
+    ("negative guidance", "translator", "--model.loss.guidance_scale=-1", 1,
+     ["model.loss", "guidance_scale", "-1"]),
+    ("guidance 0 rescaled", "translator", "--model.loss.guidance_scale=0", 1,
+     ["model.loss", "guidance_scale 0", "set rescale to false"]),
+    ("times reversed", "bias", "--model.time_range=[0.9,0.1]", 1, ["model: time_range", "0.9"]),
+    ("times of a loss reversed", "translator",
+     "--model.time=UniformTime --model.time.time_range=[0.9,0.1]", 1, ["model.time", "0.9"]),
+    ("a t each for SDI", "translator", "--model.loss=SDI --model.time=UniformTime", 1,
+     ["sdi", "FallingTime"]),
+    ("negative rate of a LoRA", "translator", "--model.loss=VSD --model.loss.lora_lr=-1", 1,
+     ["model.loss", "lora_lr", "above 0"]),
+    # Networks.
+    ("one width", "translator", "--model.widths=[1]", 1, ["model: widths", "at least two", "[1]"]),
+    ("widths for groups", "bias", "--model.widths=[7,7] --model.norm=group", 1,
+     ["widths", "8 divides", "[7, 7]"]),
+    ("size that cannot be halved", "translator", "--model.image_size=50 --model.widths=[8,8,8]", 1,
+     ["model: image_size 50", "48 or 52 would do"]),
+    ("prior's size that cannot be halved", "bias", "--model.widths=[8,8,8,8,8,8]", 1,
+     ["model.widths", "model.prior", "16", "32 would do"]),
+    # Classes of pictures.
+    ("no classes", "translator", "--model.classes=[]", 1, ["model: classes", "[]"]),
+    ("a class twice", "translator", "--model.classes=[dog,dog]", 1, ["classes", "distinct"]),
+    ("a source among the targets", "translator", "--model.classes=[cat,dog]", 1,
+     ["model.source 'cat'", "model.classes"]),
+    ("a prompt for one", "translator", "--model.prompt=photo", 1, ["model.prompt 'photo'", "{}"]),
+    # Shards.
+    ("missing shards", "bias", "--data.train={here}/none-*.tar", 1,
+     ["data.train", "none-*.tar", "prepare"]),
+    ("missing held-out shards", "translator", "--data.heldout={here}/none.tar", 1,
+     ["data.heldout", "none.tar"]),
+    ("empty shard", "bias", "--data.train={here}/empty.tar", 1, ["data.train", "empty.tar"]),
+    ("a shard that is none", "bias", "--data.train={here}/a_file", 1,
+     ["data.train", "a_file", "no tar"]),
+    ("no labels", "translator", "--data.train={here}/unlabelled.tar", 1,
+     ["data.train", "unlabelled.tar", "label"]),
+    ("shards of another size", "translator", "--data.heldout={here}/small.tar", 1,
+     ["data.heldout", "8 x 8", "image_size", "16"]),
+    ("another size of the data", "translator", "--data.image_size=32", 1, ["image_size", "32"]),
+    ("another size of the model", "translator", "--model.image_size=32", 1,
+     ["model.image_size 32", "data.image_size 16"]),
+    ("trained on what is held out", "bias", "--data.heldout={data}/train-00000.tar", 1,
+     ["data.heldout", "train-00000.tar", "data.train too"]),
+    ("a key twice", "translator", "--data.heldout={here}/twice-*.tar", 1,
+     ["data.heldout", "twice-*.tar", "key"]),
+    # Priors, correctors, CLIP.
+    ("missing prior", "bias", "--model.prior.init_args.pretrained=no/such/prior", 1,
+     ["no/such/prior"]),
+    ("an empty folder as prior", "translator",
+     "--model.prior.init_args.pretrained={here}/no_prior", 1, ["no_prior", "model_index.json"]),
+    ("a prior of another kind", "bias", "--model.prior.init_args.pretrained={here}/odd_prior", 1,
+     ["odd_prior", "FluxPipeline", "supported are"]),
+    ("missing corrector", "translator", "--model.loss=LMC --model.loss.corrector=no/such/one", 1,
+     ["model.loss", "no/such/one", "lmc release"]),
+    ("another prior's corrector", "translator",
+     "--model.loss=LMC --model.loss.corrector={here}/corrector", 1,
+     ["model.loss", "another", "for this prior"]),
+    ("a translator as corrector", "translator",
+     "--model.loss=LMC --model.loss.corrector={here}/translator", 1, ["model.loss", "translator"]),
+    ("missing closed form", "bias", "--model.closed_form=no/such/one", 1,
+     ["model.closed_form", "no/such/one", "lmc closed-form"]),
+    ("a trained corrector as closed form", "bias", "--model.closed_form={here}/corrector", 1,
+     ["model.closed_form", "trained"]),
+    ("missing CLIP", "translator", "--model.validation.clip=no/such/clip", 1,
+     ["model.validation.clip", "no/such/clip"]),
+    # Run folders.
+    ("a file as run folder", "bias", "--run={here}/a_file", 1, ["run folder", "a_file", "a file"]),
+    ("a run folder in a file", "bias", "--run={here}/a_file/run", 1, ["run folder", "a_file"]),
+    ("a run folder nobody can make", "bias", "--run=/proc/none/run", 1, ["run folder", "/proc"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "wrong", "status", "words"), [case[1:] for case in TRAININGS],
+    ids=[case[0] for case in TRAININGS],
+)  # fmt: skip
+def test_a_training_says_what_is_wrong_in_one_line(world, capfd, stage, wrong, status, words):
+    with pytest.raises(SystemExit) as left:
+        MAINS[stage](world.arguments(stage, wrong))
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    if status == 1:  # Python prints it
+        line = left.value.code
+    else:
+        assert left.value.code == status
+        (line,) = [each for each in printed.splitlines() if each.startswith("train_")]
+    assert line.startswith(f"train_{stage}.py: ") and "\n" not in line
+    for word in words:
+        assert word in line
+    assert not (world.folder / "run").exists()
+
+
+# The commands of `lmc` come here: a table like the one above, and its test.
+
+
+def test_what_is_right_gets_past_all_checks(made, monkeypatch):
+    """Or the cases above would prove nothing: the same without what is wrong begins to load."""
+
+    class Begun(Exception):
+        pass
+
+    def begun(*args, **kwargs):
+        raise Begun
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", begun)
+    for stage, main in MAINS.items():
+        with pytest.raises(Begun):
+            main(made.arguments(stage, "--run={here}/right"))
+
+
+def test_a_bug_keeps_its_traceback(world, monkeypatch):
+    def bug(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(TrainingModule, "check", bug)
+    monkeypatch.setattr(TranslatorTraining, "check", bug)
+    with pytest.raises(ZeroDivisionError):
+        train_translator.main(world.arguments("translator", ""))
+
+
+# ---------------------------------------------------------------------------------------------
+# In a moment
+
+
+def fresh(code: str) -> list[str]:
+    """The lines that a new Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("option", "word"),
+    [
+        ("--model.widht=3", "'widths'"),
+        ("--model.loss=NFSDX", "'NFSD'"),  # known without its import where none has subclassed it
+        ("--model.time=FalingTime", "'FallingTime'"),
+    ],
+)
+def test_a_typo_is_named_without_waiting_for_torch(option, word):
+    """The imports that take the seconds are not made; a limit in seconds would test the machine."""
+    line, imported = fresh(
+        "import sys, train_translator\n"
+        "config = 'configs/translator/demo.yaml'\n"
+        f"try: train_translator.main(['fit', '--config', config, {option!r}])\n"
+        "except SystemExit as left: print(left.code)\n"
+        "print(*{'torch', 'lightning', 'jsonargparse', 'numpy'} & set(sys.modules), '.')\n"
+    )
+    assert word in line and imported == "."
+
+
+def test_the_script_itself_ends_at_once_with_one_line(made, tmp_path):
+    """No batch ate 15 GB, and did not end."""
+    args = made.arguments("bias", f"--data.batch_size=0 --run={tmp_path}/run")
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_bias.py", *args], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 1, time.monotonic() - began
+    line = "train_bias.py: data.batch_size must be at least 1, got 0"
+    assert [each for each in done.stderr.splitlines() if "Seed set" not in each] == [line]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_module_says_which_stage(capsys):
+    with pytest.raises(SystemExit, match=r"lmc\.training bias: --model\.widht: .*'widths'"):
+        training.main(["bias", "fit", "--model.widht=3"])
+    with pytest.raises(SystemExit, match=r"usage: .*bias,translator"):
+        training.main(["corrector", "fit"])
+
+
+# ---------------------------------------------------------------------------------------------
+# No false alarm
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_config_and_command_in_the_docs_passes(stage):
+    module, name = STAGES[stage]
+    files = sorted((ROOT / "configs" / stage).glob("*.yaml"))
+    assert files
+    for file in files:
+        check_names(module, name, ["fit", "--config", str(file)])
+    found = 0
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("configs/*/*.yaml")]
+    for text in [*texts, ROOT / "data" / "demo" / "run.py"]:
+        # Commands as they are printed, with what is continued on the next line.
+        joined = re.sub(r"\\\n[#\s]*", " ", text.read_text())
+        for command in re.findall(rf"train_{stage}\.py (fit [^`\n]*)", joined):
+            words = [word for word in command.split() if "…" not in word]
+            words = [re.sub(r"^my_\w+\.yaml$", str(files[0]), word) for word in words]
+            with contextlib.chdir(ROOT):
+                check_names(module, name, words)
+            found += 1
+    assert found > 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_all_that_the_parser_knows_is_known(stage):
+    """The sources are read as the parser reads the classes: neither more nor fewer options."""
+    module, name = STAGES[stage]
+    kind = getattr(__import__(module, fromlist=[name]), name)
+    actions = ConfigReader(kind)._parser("fit")._actions
+    known = {word for action in actions for word in action.option_strings}
+    assert {"--model.widths", "--data.train", "--trainer.max_steps", "--run", "-c"} <= known
+    for word in sorted(known):
+        check_names(module, name, ["fit", word, "{}"] if word[1:] not in ("c", "-config") else [])
+    for group in ("model", "data", "trainer"):
+        with pytest.raises(ValueError, match=f"{group} has no 'nothing'"):
+            check_names(module, name, ["fit", f"--{group}.nothing=1"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_s_own_config_passes(stage, made, capsys, tmp_path):
+    """With every key there is, as the run folder has it."""
+    with pytest.raises(SystemExit) as left:
+        MAINS[stage]([*made.arguments(stage, ""), "--print_config"])
+    assert not left.value.code
+    file = tmp_path / "config.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert yaml.safe_load(file.read_text())["trainer"]["max_steps"] == 4
+    check_names(*STAGES[stage], ["fit", "--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "-h",
+        "--model.loss.help",
+        "--model.loss.help lmc.losses.SDS",
+        "--print_config=skip_null",
+        "--config {demo} --print_config",
+        "-c {demo} --config={demo}",
+        "--config {demo} --trainer.callbacks+=lmc.training.callbacks.Progress",
+        "--config {demo} --trainer.callbacks+ Timer --trainer.callbacks.interval step",
+        '--trainer={{"max_steps":3}}',
+        '--model.loss={{"class_path":"SDS","init_args":{{"guidance_scale":3}}}}',
+        "--model.loss SDS --model.loss.guidance_scale=3 --model.loss.init_args.rescale=false",
+        "--model.loss lmc.SDS --model.loss.guidance_scale=3",
+        "--config {demo} --model.loss SDS --model.loss.guidance_scale -1",
+        "--config {demo} --model.loss tests.failing_loss.Mine --model.loss.anything 1",
+        "--model.prior tests.Mine --model.prior.anything 1",
+        "--model.prior.classes.cat 3 --model.prior.init_args.classes.cat=3",
+        "--model.time null --model.closed_form null",
+        "--dry_run --dry-run true --trainer.devices -1 --seed_everything=false",
+        "--ckpt_path last --weights_only true",
+        "--model.score_weight.start 1 --model.score_weight score.yaml",
+        "--model model.yaml --data data.yaml",
+        '{{"model":{{"seed":1}}}}',
+        '--config={{"model":{{"seed":1}}}}',
+    ],
+)
+def test_what_the_parser_takes_is_not_refused(words):
+    demo = ROOT / "configs" / "translator" / "demo.yaml"
+    module, name = STAGES["translator"]
+    given = [word.format(demo=demo) for word in words.split()]
+    given = [word for word in given if "closed_form" not in word]
+    check_names(module, name, ["fit", *given])
+
+
+def test_a_later_file_changes_options_of_an_earlier_one_s_class(tmp_path):
+    """An overlay need not name the class again, and another class forgets the first one's."""
+    for name, text in (
+        ("lmc.yaml", "model: {loss: {class_path: LMC, init_args: {corrector: x}}}"),
+        ("more.yaml", "model: {loss: {init_args: {keep_ratio: true}}}"),
+        ("sds.yaml", "model: {loss: SDS}"),
+    ):
+        (tmp_path / name).write_text(text)
+
+    def check(*names: str) -> None:
+        files = [word for name in names for word in ("--config", str(tmp_path / f"{name}.yaml"))]
+        check_names(*STAGES["translator"], ["fit", *files])
+
+    check("lmc", "more")
+    check("lmc", "more", "sds")
+    with pytest.raises(ValueError, match=r"more.yaml: model.loss \(SDS\) has no 'keep_ratio'"):
+        check("sds", "more")
+
+
+def test_a_class_whose_arguments_cannot_be_told_is_left_to_the_parser(tmp_path, monkeypatch):
+    import ast
+
+    from lmc.training import typos
+
+    source = """
+class Plain:
+    def __init__(self, a, *, b=1): ...
+class Passes(Plain):
+    def __init__(self, c=0, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+class Inherits(Passes): ...
+class Takes(Plain):
+    def __init__(self, **kwargs):
+        self.d = kwargs.pop("d")
+        super().__init__(**kwargs)
+class Foreign(torch.nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+@decorated
+class Decorated: ...
+@dataclass(frozen=True)
+class Fields:
+    e: int
+    f: int = 3
+@dataclass
+class More(Fields):
+    g: int = 3
+"""
+    tree = ast.parse(source)
+    monkeypatch.setattr(typos, "_source", lambda module: tree)
+    typos.find.cache_clear()
+    typos.options.cache_clear()
+
+    def known(name: str) -> list[str] | None:
+        found = typos.find("made.up", name)
+        assert found is not None
+        names = options(found)
+        return None if names is None else sorted(names)
+
+    try:
+        assert known("Plain") == ["a", "b"]
+        assert known("Passes") == known("Inherits") == ["a", "b", "c"]
+        assert known("Takes") is known("Foreign") is known("Decorated") is None
+        assert known("Fields") == ["e", "f"] and known("More") == ["e", "f", "g"]
+    finally:
+        typos.find.cache_clear()
+        typos.options.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------
+# The parts
+
+
+def test_errors_name_the_option():
+    with pytest.raises(ValueError, match=r"^model\.loss: guidance"), about("model.loss"):
+        raise ValueError("guidance")
+    with pytest.raises(FileNotFoundError, match=r"^data\.train: none"), about("data.train"):
+        raise FileNotFoundError("none")
+    require(True, "a", "b", 0)
+    with pytest.raises(ValueError, match=r"^a\.b must be at least 1, got nan$"):
+        require(float("nan") >= 1, "a.b", "at least 1", float("nan"))
+
+
+@pytest.mark.parametrize(("mine", "traces"), [(True, False), (False, True)])
+def test_a_rank_prints_the_traceback_of_a_bug_only(monkeypatch, capsys, mine, traces):
+    monkeypatch.setattr(processes, "_exit_now", lambda: None)
+    trainer = SimpleNamespace(
+        world_size=2, loggers=[], strategy=SimpleNamespace(launcher=None), global_rank=1
+    )
+    callback = processes.EndTogether()
+    callback.setup(trainer, None, "fit")
+    try:
+        require(not mine, "data.batch_size", "at least 1", 0)
+        raise RuntimeError("broken")
+    except (ValueError, RuntimeError) as error:
+        callback.on_exception(trainer, None, error)
+    printed = capsys.readouterr().err
+    assert ("Traceback" in printed) is traces
+    assert printed.splitlines()[-1].startswith("rank 1 of 2 failed: ")
+    assert ("data.batch_size must be at least 1, got 0" in printed) is mine
+
+
+def test_the_identity_is_taken_by_rank_zero_for_all(monkeypatch):
+    class Unasked:
+        channels = 3
+
+        @property
+        def identity(self):
+            raise AssertionError("the weights were read by another rank too")
+
+    strategy = SimpleNamespace(broadcast=lambda mine: {"digest": "of rank zero"})
+    module = SimpleNamespace(
+        prior=Unasked(), trainer=SimpleNamespace(is_global_zero=False, strategy=strategy)
+    )
+    assert TrainingModule.share_identity(module) == {"digest": "of rank zero"}
+    assert isinstance(module.prior, Identified) and module.prior.channels == 3
+    assert module.prior.identity == {"digest": "of rank zero"}
+
+
+def test_a_corrector_still_names_its_prior(tiny_prior_folder, made, tmp_path):
+    """Though its constructor no longer reads the prior's weights."""
+    args = [*made.arguments("bias", "--trainer.max_steps=1"), f"--run={tmp_path}"]
+    cli = train_bias.main(args)
+    identity = dict(cli.model.prior.identity)
+    assert len(identity["digest"]) == 64 and cli.model.corrector.prior == identity
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["network"]["config"]["prior"] == identity
