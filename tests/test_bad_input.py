@@ -21,7 +21,7 @@ import train_bias
 import train_translator
 from lmc.corrector import Corrector
 from lmc.errors import about, require
-from lmc.release import write_release
+from lmc.release import Terms, write_release
 from lmc.shards.images import write_shard
 from lmc.training import processes
 from lmc.training.base import Identified, TrainingModule
@@ -33,6 +33,7 @@ from lmc.translator import Translator
 
 import worlds
 
+TERMS = Terms(**worlds.TERMS)
 ROOT = Path(__file__).parents[1]
 MAINS = {"bias": train_bias.main, "translator": train_translator.main}
 
@@ -84,8 +85,8 @@ def made(tiny_prior_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> W
     for number, sample in enumerate(twice):
         write_shard(folder / f"twice-{number}.tar", [sample])
     other = {"pretrained": "another", "prediction_type": "epsilon", "digest": "0" * 64}
-    write_release(Corrector(3, (8, 8), prior=other), folder / "corrector", "made up")
-    write_release(Translator(["dog"], 16, (8, 8)), folder / "translator", "made up")
+    write_release(Corrector(3, (8, 8), prior=other), folder / "corrector", "made up", TERMS)
+    write_release(Translator(["dog"], 16, (8, 8)), folder / "translator", "made up", TERMS)
     (folder / "no_prior").mkdir()
     (folder / "odd_prior").mkdir()
     odd = {"_class_name": "FluxPipeline"}
@@ -237,7 +238,7 @@ TRAININGS = [
     ("a translator as corrector", "translator",
      "--model.loss=LMC --model.loss.corrector={here}/translator", 1, ["model.loss", "translator"]),
     ("missing closed form", "bias", "--model.closed_form=no/such/one", 1,
-     ["model.closed_form", "no/such/one", "lmc closed-form"]),
+     ["model.closed_form", "no/such/one", "lmc closed_form"]),
     ("a trained corrector as closed form", "bias", "--model.closed_form={here}/corrector", 1,
      ["model.closed_form", "trained"]),
     ("missing CLIP", "translator", "--model.validation.clip=no/such/clip", 1,
@@ -423,7 +424,7 @@ def test_a_run_s_own_config_passes(stage, made, capsys, tmp_path):
         "--model.prior tests.Mine --model.prior.anything 1",
         "--model.prior.classes.cat 3 --model.prior.init_args.classes.cat=3",
         "--model.time null --model.closed_form null",
-        "--dry_run --dry-run true --trainer.devices -1 --seed_everything=false",
+        "--dry_run true --trainer.devices -1 --seed_everything=false",
         "--ckpt_path last --weights_only true",
         "--model.score_weight.start 1 --model.score_weight score.yaml",
         "--model model.yaml --data data.yaml",

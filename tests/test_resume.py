@@ -83,10 +83,10 @@ def moved(there: Path, data: str, *more: str, allow: Sequence[str] = ()) -> list
 def refused(run: Callable, args: list[str], folder: Path) -> str:
     """The line that refuses to go on; nothing in the folder has changed."""
     before = files(folder)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(SystemExit) as caught:
         run(args)
     assert files(folder) == before
-    message = str(caught.value)
+    message = str(caught.value.code)
     assert "\n" not in message
     return message
 
@@ -210,14 +210,13 @@ def test_other_weights_of_the_same_name_are_refused(there, data):
     allow = [*args, "--allow_changes", "model.loss.init_args.corrector"]
     train_translator.main(allow)
     args[-1] = "--trainer.max_steps=9"
-    file = there / "prior" / "unet" / "config.json"
-    file.write_text(file.read_text().replace('"sample_size": 16', '"sample_size": 32'))
     state = last(there / "run")
-    state["identities"]["model.prior.init_args.pretrained"]["of a later version"] = 1
+    mine = state["identities"]["model.prior.init_args.pretrained"]
+    mine |= {"of a later version": 1, "image_size": 32}
     torch.save(state, there / "run" / "checkpoints" / "last.ckpt")
     message = refused(train_translator.main, args, there / "run")
     assert "model.prior.init_args.pretrained names" in message
-    assert "image_size was 16 and is 32" in message
+    assert "image_size was 32 and is 16" in message
 
 
 def test_a_run_without_its_config_goes_on_with_a_line(there, data, capsys):
@@ -312,7 +311,7 @@ def test_an_overflow_on_the_way_back_reaches_no_checkpoint(
     overflow_at(monkeypatch, 3)
     args = worlds.translator_args(tiny_prior_folder, data, tmp_path, "SDS", f"--save_every={every}")
     args += ["--trainer.max_steps=6", "--trainer.limit_val_batches=0"]
-    with pytest.raises(NonFiniteGradient, match=r"^step 3: the gradient of the weights .*--allow"):
+    with pytest.raises(SystemExit, match=r": step 3: the gradient of the weights .*--allow"):
         train_translator.main(args)
     if every == 1:
         assert last(tmp_path)["global_step"] == 3 and not not_finite(last(tmp_path))
@@ -421,7 +420,7 @@ def test_the_newest_snapshots_are_kept_and_gone_on_from(tiny_prior_folder, data,
 
 @pytest.mark.parametrize("option", ["--save_every=0", "--keep=-1"])
 def test_numbers_out_of_range_are_named(tiny_prior_folder, data, tmp_path, option):
-    with pytest.raises(ValueError, match=option[2:].partition("=")[0]):
+    with pytest.raises(SystemExit, match=option[2:].partition("=")[0]):
         train_bias.main([*worlds.bias_args(tiny_prior_folder, data, tmp_path), option])
 
 

@@ -205,7 +205,7 @@ def _yaml_or_text(value: str | None) -> Any:
 
 
 def _top_level(module: str, name: str) -> dict[str, Slot]:
-    """The options of `fit`: those of LightningCLI, of `TrainingCLI` and of the three groups."""
+    """The options of `fit`: those of LightningCLI, of `TrainingCLI` and of the groups."""
     trainer = find("lightning.pytorch.trainer.trainer", "Trainer")
     cli = find("lmc.training.cli", "TrainingCLI")
     if trainer is None or cli is None:
@@ -214,14 +214,17 @@ def _top_level(module: str, name: str) -> dict[str, Slot]:
     for node in ast.walk(_method(cli, "subcommands")):
         if isinstance(node, ast.Return) and node.value is not None:
             known -= ast.literal_eval(node.value)["fit"]
-    for node in ast.walk(_method(cli, "add_arguments_to_parser")):
-        if isinstance(node, ast.Constant) and str(node.value).startswith("--"):
-            known.add(str(node.value).removeprefix("--"))
     groups = {
         "model": find(module, name),
         "data": find("lmc.training.data", "ImageData"),
         "trainer": trainer,
     }
+    for node in ast.walk(_method(cli, "add_arguments_to_parser")):
+        if isinstance(node, ast.Constant) and str(node.value).startswith("--"):
+            known.add(str(node.value).removeprefix("--"))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parser.add_class_arguments":
+            kind, group = (ast.unparse(each) for each in node.args[:2])
+            groups[ast.literal_eval(group)] = find(cli.module, kind)
     return {each: Slot() for each in sorted(known)} | {k: Slot(v) for k, v in groups.items()}
 
 
