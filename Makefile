@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(BIN)/python data/demo/run.py
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow

@@ -27,6 +27,7 @@ from lmc.load import load_network
 from lmc.priors import DiffusersPrior, Embedding
 from lmc.priors.weights import weight_files, weights_digest
 from lmc.training.bias import CorrectorTraining
+from lmc.training.translator import TranslatorTraining
 
 import families
 import worlds
@@ -373,7 +374,7 @@ def test_both_stages_train_with_every_family(family_folder, data, tmp_path, name
     args = worlds.translator_args(prior, data, tmp_path / "run", "LMC", *more, *once)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        right = train_translator.TranslatorTraining.training_step
+        right = TranslatorTraining.training_step
 
         def step(self, batch, index):
             before = [p.detach().clone() for p in self.network.parameters()]
@@ -381,7 +382,7 @@ def test_both_stages_train_with_every_family(family_folder, data, tmp_path, name
             seen.append((self, before, loss))
             return loss
 
-        patch.setattr(train_translator.TranslatorTraining, "training_step", step)
+        patch.setattr(TranslatorTraining, "training_step", step)
         train_translator.main(args)
     ((module, before, loss),) = seen
     assert loss.isfinite()

@@ -429,8 +429,8 @@ def test_a_loss_and_the_closed_form_take_a_revision_too(two_revisions, tmp_path)
     assert_weights(LMC(name).corrector, two_revisions[name].state_dict())
     with pytest.raises(FileNotFoundError, match="no released corrector at me/corrector@v3"):
         LMC("me/corrector@v3")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=f"{name} is a trained corr"):
-        load_closed_form(name, PRIOR)
+    with pytest.raises(ValueError, match=f"{name} is a trained corr"):
+        load_closed_form(name)
 
 
 def test_a_folder_that_is_there_wins_over_a_revision(two_revisions, tmp_path, monkeypatch):

@@ -249,9 +249,11 @@ def test_steps_done_again_are_shown_once(tmp_path):
     """A run that was killed at step 9 and went on from its checkpoint of step 4."""
     (tmp_path / "config.yaml").write_text("")
     for number, steps in enumerate((range(10), range(5, 8))):
-        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as writer:
+        with SummaryWriter(tmp_path / "new") as writer:
             for step in steps:
                 writer.add_scalar("train/l2", 100 * number + step, step)
+        (written,) = (tmp_path / "new").iterdir()
+        written.rename(tmp_path / f"events.out.tfevents.{number}")  # by time, as by a later start
     expected = ([*range(8)], [0, 1, 2, 3, 4, 105, 106, 107])
     assert read_run(tmp_path).curves["train/l2"] == expected
 
