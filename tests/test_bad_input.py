@@ -14,8 +14,10 @@ import pytest
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
+from test_release import translator_run
 from transformers import CLIPModel, T5EncoderModel
 
+import lmc.cli
 import lmc.training.__main__ as training
 import train_bias
 import train_translator
@@ -296,6 +298,144 @@ def test_a_bug_keeps_its_traceback(world, monkeypatch):
     monkeypatch.setattr(TranslatorTraining, "check", bug)
     with pytest.raises(ZeroDivisionError):
         train_translator.main(world.arguments("translator", ""))
+
+
+# ---------------------------------------------------------------------------------------------
+# The commands of `lmc`
+
+EDITS = '{"image": "x.png", "source_prompt": "a cat"}'
+PRIOR = "--prior=lmc.priors.DiffusersPrior --prior.pretrained={prior}"
+# What is wrong, where ~ is a blank and {out} a folder that must not come about; what the line says.
+COMMANDS = {
+    "no such command": ("translat x", ["translat;", "did you mean translate?"]),
+    "option": ("edit --promt x", ["--promt", "did you mean --prompt?"]),
+    "option with hyphens": ("evaluate --batch-size 3", ["--batch-size", "--batch_size"]),
+    "option of a dataclass": (
+        f"edit {PRIOR} --loss SDS --image x --prompt y --out {{out}} --settings.step=3",
+        ["settings.step"],
+    ),
+    "task": ("dreamsampler inpant", ["inpant", "did you mean inpaint?"]),
+    "a text for an image": (
+        "translate {here}/a_text.png --translator {here}/translator --out {out}",
+        ["1 of 1 files", "a_text.png", "no known format"],
+    ),
+    "a folder without images": (
+        "translate {here}/no_prior --translator {here}/translator --out {out}",
+        ["no images", "no_prior"],
+    ),
+    "a class that is none": (
+        "translate {here}/a_text.png --translator {here}/translator --to cow --out {out}",
+        ["'cow'", "dog"],
+    ),
+    "no translator": (
+        "translate {here}/a_text.png --translator {here}/no_prior --out {out}",
+        ["no config.json"],
+    ),
+    "a corrector as translator": (
+        "translate {here}/a_text.png --translator {here}/corrector --out {out}",
+        ["Corrector, not a Translator"],
+    ),
+    "nothing to evaluate": ("evaluate --out {out}", ["--shards", "--translator"]),
+    "no workers": (
+        "evaluate --shards {data}/heldout-*.tar --translator {here}/translator --num_workers=-1",
+        ["num_workers"],
+    ),
+    "no batch": (
+        "evaluate --shards {data}/heldout-*.tar --translator {here}/translator --batch_size=0 "
+        "--offline",
+        ["batch_size", "at least 1"],
+    ),
+    "no results": ("report {here}/none.json --out {out}", ["none.json"]),
+    "a shell command in results": ("report {here}/pipe.json --out {out}", ["pipe:", "--shards"]),
+    "pictures": ("report {here}/pipe.json --pictures=-1 --out {out}", ["pictures", "-1"]),
+    "a run that is none": (
+        "release {here}/none --out {out} --license mit",
+        ["none", "train first"],
+    ),
+    "no licence": ("release {run} --out {out}", ["--license", "--data", "--prior_license"]),
+    "no configuration": ("triplets {here}/none.yaml --out {out}", ["none.yaml"]),
+    "a list for a configuration": ("triplets {here}/list.yaml --out {out}", ["list.yaml"]),
+    "no prior in it": ("closed_form {here}/key.yaml --out {out}", ["key.yaml", "model.prior"]),
+    "no bins": ("closed_form {here}/key.yaml --bins=0 --out {out}", ["bins", "at least 1"]),
+    "a configuration as an option": (
+        "compare --config {here}/key.yaml --out {out}",
+        ["without --config"],
+    ),
+    "a loss that is none": ("compare {here}/key.yaml --losses sdss --out {out}", ["'sdss'", "sds"]),
+    "no jobs": ("compare {here}/key.yaml --jobs 0 --out {out}", ["jobs", "at least 1"]),
+    "a device that is none": (
+        "translate {here}/a_text.png --translator {here}/translator --device gpu --out {out}",
+        ["'gpu'"],
+    ),
+    "no photo": (
+        f"edit {PRIOR} --loss SDS --image {{here}}/none.png --prompt x --out {{out}}",
+        ["none.png"],
+    ),
+    "edits that are none": (
+        f"edits {PRIOR} --list {{here}}/edits.jsonl --clip x --losses sds --out {{out}}",
+        ["edits.jsonl, line 1"],
+    ),
+    "a scale that is none": (
+        f"edits {PRIOR} --list {{here}}/edits.jsonl --clip x --guidance_scales=a --out {{out}}",
+        ["guidance_scales", "'a'"],
+    ),
+    "a picture that is to be none": (
+        f"gradients {PRIOR} --image {{here}}/a_text.png --prompt x --corrector identity "
+        "--out {out}",
+        [".png"],
+    ),
+    "a mask without": (
+        f"dreamsampler inpaint {PRIOR} --image {{here}}/a_text.png --out {{out}}",
+        ["mask"],
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", COMMANDS)
+def test_a_command_says_what_is_wrong_in_one_line(world, tmp_path, capfd, wrong):
+    here = world.folder
+    (here / "a_text.png").write_text("not a picture")
+    (here / "edits.jsonl").write_text(EDITS)
+    row = {"images": 1, "path": str(here / "translator"), "summary": {}}
+    about = {"shards": f"pipe:touch {tmp_path}/touched", "image_size": 16, "keys": [], "digest": ""}
+    settings = {"classes": ["dog"], "candidates": [], "clip": None}
+    result = {"format": "lmc evaluation", "version": 1, "rows": {"one": row}, "heldout": about}
+    result |= {"settings": settings, "differences": {}, "left_out": []}
+    (here / "pipe.json").write_text(json.dumps(result))
+    out, run = tmp_path / "out", tmp_path / "run"
+    args, words = COMMANDS[wrong]
+    names = {"here": here, "prior": world.prior, "data": world.data, "out": out, "run": run}
+    if "{run}" in args:
+        translator_run(run)
+    with pytest.raises(SystemExit) as caught:
+        lmc.cli.main([word.format(**names).replace("~", " ") for word in args.split()])
+    line = caught.value.code
+    assert isinstance(line, str) and line.startswith("lmc: ") and "\n" not in line
+    assert all(word in line for word in words), line
+    assert "Traceback" not in capfd.readouterr().err
+    assert not list(out.glob("**/*.*")) and not (tmp_path / "touched").exists()
+
+
+def test_a_broken_file_does_not_end_the_others(made, tmp_path, capsys):
+    """One is named, the other translated; the status says that not all went well."""
+    (tmp_path / "good.png").write_bytes(worlds.png(torch.zeros(3, 16, 16)))
+    (tmp_path / "broken.jpg").write_bytes(worlds.png(torch.zeros(3, 16, 16))[:60])
+    args = ["translate", str(tmp_path), "--translator", str(made.folder / "translator")]
+    with pytest.raises(SystemExit, match=r"1 of 2 files cannot be read: .*broken\.jpg"):
+        lmc.cli.main([*args, "--out", str(tmp_path / "out")])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["good-dog.png"]
+    assert "left out: " in capsys.readouterr().err
+
+
+def test_a_command_s_bug_keeps_its_traceback(made, tmp_path, monkeypatch):
+    """A ValueError out of another library is none of the user's."""
+
+    def broken(*args, **kwargs):
+        return json.loads("{")
+
+    monkeypatch.setattr("lmc.translate.load_translator", broken)
+    with pytest.raises(ValueError, match="Expecting property name"):
+        lmc.cli.main(["translate", "x", "--translator", "y", "--out", str(tmp_path / "out")])
 
 
 # ---------------------------------------------------------------------------------------------

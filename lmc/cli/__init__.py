@@ -7,6 +7,7 @@ help. Here they are listed, and only the one that is asked for is imported.
 import argparse
 import difflib
 import inspect
+import itertools
 import json
 import sys
 import types
@@ -15,6 +16,7 @@ from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lmc.errors import one_line
+from lmc.training.typos import named_options
 
 # By name: where it is, and what it does. A command may be several, by the next word.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -78,15 +80,16 @@ def run(args: Sequence[str]) -> None:
             raise ValueError(unknown(asked[0], "command", [n.split()[-1] for n in several]))
         print(overview(several or list(COMMANDS)))
         sys.exit(0 if asked else 2)
+    words = args[len(name.split()) :]
+    check_options(name, words)
     command = load(name)
     parser = parser_of(name, command)
-    words = args[len(name.split()) :]
     if _positional(command) == "training" and words[:1] and words[0].startswith("--config"):
         raise ValueError(f"the training's configuration goes without --config: lmc {name} FILE …")
     try:
         given = parser.parse_args(joined(words, types_of(command)))
     except argparse.ArgumentError as error:
-        raise ValueError(explained(error, command)) from error
+        raise ValueError(" ".join(str(error).split())) from error
     from lmc.configs import instantiate
 
     given.pop("config", None)
@@ -102,6 +105,21 @@ def run(args: Sequence[str]) -> None:
     else:
         kept = {"record": record} if "record" in inspect.signature(command).parameters else {}
         command(**built, **kept)
+
+
+def check_options(name: str, words: Sequence[str]) -> None:
+    """Name a misspelt option at once, before seconds of imports; the parser knows the rest.
+
+    Raises:
+        ValueError: the command has no such option.
+    """
+    module, _, attribute = COMMANDS[name][0].rpartition(".")
+    known = named_options(module, attribute)
+    given = itertools.takewhile(lambda word: word != "--", words)
+    for option in (word.partition("=")[0] for word in given if word.startswith("--")):
+        top = option.partition(".")[0].removesuffix("+")
+        if known is not None and top[2:] not in (*known, "help", "config", "print_config"):
+            raise ValueError(unknown(option, "option", [f"--{each}" for each in known]))
 
 
 def overview(names: Sequence[str]) -> str:
@@ -203,15 +221,6 @@ def _is_list(kind: Any) -> bool:
 def _is_whole(value: str, kind: Any) -> bool:
     """Whether a value is the list itself, or something else that the option takes as it is."""
     return value[:1] in "[{" or (get_origin(kind) is not list and str in get_args(kind))
-
-
-def explained(error: argparse.ArgumentError, command: Any) -> str:
-    """What is wrong with the arguments, with the nearest option there is."""
-    text = " ".join(str(error).split())
-    word = next((w for w in text.split() if w.startswith("--")), "")
-    if "nrecognized" not in text or not word:
-        return text
-    return unknown(word.partition("=")[0], "option", [o for o in types_of(command) if o])
 
 
 def unknown(word: str, what: str, known: Sequence[str]) -> str:

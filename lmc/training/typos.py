@@ -259,6 +259,18 @@ def find(module: str, name: str) -> Found | None:
     return None
 
 
+def named_options(module: str, name: str) -> list[str] | None:
+    """The arguments of a function or class of this package; None where its source cannot tell."""
+    if (found := find(module, name)) is not None:
+        known = options(found)
+        return None if known is None else list(known)
+    tree = _source(module)
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return list(_arguments(node))
+    return None
+
+
 @cache
 def options(of: Found) -> dict[str, Slot] | None:
     """The arguments of a class's constructor by name; None where its source cannot tell."""
