@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="of train_bias.py")
     parser.add_argument("--photos", type=Path, help="folder of image files, for the disk cost")
-    parser.add_argument("--photo-count", type=int, default=300, help="of them (%(default)s)")
+    parser.add_argument("--photo_count", type=int, default=300, help="of them (%(default)s)")
     parser.add_argument("--times_per_image", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=15, help="a block (%(default)s)")
     parser.add_argument("--blocks", type=int, default=9, help="each way (%(default)s)")

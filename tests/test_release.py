@@ -174,7 +174,7 @@ def test_the_card_states_the_licences(tmp_path):
 
 def test_a_folder_is_no_base_model(tmp_path):
     """The hub would refuse the card, or link another's model."""
-    for name in ("data/some/prior", "/tmp/prior", str(tmp_path), "prior"):
+    for name in ("data/some/prior", "/data/prior", str(tmp_path), "prior"):
         write_release(
             FilterCorrector(3, 8, prior={**PRIOR, "pretrained": name}),
             tmp_path / "out",

@@ -152,6 +152,7 @@ def parser_of(name: str, command: Any) -> Any:
         usage=f"%(prog)s{inputs} [--config FILE] [--OPTION VALUE ...]",
         description=(inspect.getdoc(command) or "").split("\n\nArgs:")[0],
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML with any of the options below")
     add = parser.add_class_arguments if inspect.isclass(command) else parser.add_function_arguments
