@@ -168,7 +168,7 @@ def disk(
             for n in times:
                 out = Path(folder, f"{size}-{channels}-{n}")
                 what = TripletSet((source,), side, n)
-                made = write_triplets(Nothing(size, channels), what, out, say=lambda line: None)
+                made = write_triplets(Nothing(size, channels), what, out)
                 each = made["bytes"] / made["triplets"]
                 z_hat = 2 * channels * size**2
                 rows.append(
