@@ -75,10 +75,13 @@ def train_all(runs: Sequence[Run], base: Sequence[str], jobs: int) -> dict[str, 
     print(f"{len(runs)} trainings, {len(runs) - len(left)} of them done already")
     failed: dict[str, Any] = {}
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs)
+    # One that is not known counts like DDS.
+    cost = {run.name: run.evaluations or 4 for run in left}
+    if jobs > 1:  # the longest first, so that none is left alone at the end
+        left.sort(key=lambda run: -cost[run.name] * run.steps)
     trainings = Trainings(
         {run.name: run.steps for run in left},
-        # One that is not known counts like DDS.
-        {run.name: run.evaluations or 4 for run in left},
+        cost,
         int(threads),
         visible_gpus() if jobs > 1 else (),
     )
