@@ -8,6 +8,7 @@ from typing import Any
 
 from lmc.configs import build, read_stage_one
 from lmc.corrector import Statistics
+from lmc.device import choose_device
 from lmc.filter import estimate_filter
 from lmc.measure.correctors import HELDOUT, evaluate_corrector
 from lmc.priors import Prior
@@ -52,6 +53,7 @@ def closed_form(
         OSError, ValueError: the configuration or its data are not what they must be, or too few
             triplets for the bins; or the licences are not stated.
     """
+    device = choose_device(device)
     for name, number in (("triplets", triplets), ("bins", bins), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")

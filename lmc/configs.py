@@ -125,10 +125,18 @@ def read_stage_one(files: Sequence[str]) -> StageOne:
         data["train"],
         data["heldout"],
         data.get("image_size"),
-        check_time_range(tuple(model.get("time_range", TIME_RANGE))),
+        _time_range(model.get("time_range", TIME_RANGE), names),
         seed if type(seed) is int else 0,
         {"release": config.get("release")},
     )
+
+
+def _time_range(given: Any, where: str) -> tuple[float, float]:
+    try:
+        low, high = (float(each) for each in given)
+        return check_time_range((low, high))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: model.time_range {given!r}: two numbers in [0, 1]") from error
 
 
 def _over(under: Any, over: Any) -> Any:

@@ -1,5 +1,6 @@
 """A user's error ends in one line; a bug keeps its traceback."""
 
+import os
 import sys
 import traceback
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
-PACKAGE = str(Path(__file__).parent)
+PACKAGE = str(Path(__file__).parent) + os.sep
 # Libraries whose own errors of value are about what the user named: hub ids, options, YAML.
 READERS = ("huggingface_hub", "jsonargparse", "yaml")
 
@@ -72,7 +73,9 @@ def is_users(error: Exception) -> bool:
     network or a library that is not installed stood in the way. A ValueError out of the depths of
     another library is a bug.
     """
-    if isinstance(error, OSError | ImportError) or _is_out_of_memory(error):
+    if isinstance(error, ImportError):  # of what is not installed; within the package, a bug
+        return (error.name or "").partition(".")[0] != "lmc"
+    if isinstance(error, OSError) or _is_out_of_memory(error):
         return True
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, of its own options
         return True

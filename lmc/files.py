@@ -6,7 +6,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,28 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(file: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        file: which.
+        keys: it must have.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no object, or lacks a key; names the file.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing or not isinstance(content, dict):
+        what = repr(missing[0]) if missing else "keys"
+        raise ValueError(f"{file} has no {what}: it is not what was written there")
+    return content
 
 
 def write_text(file: Path, text: str) -> None:

@@ -27,7 +27,7 @@ class Progress:
     Args:
         what: is being done.
         total: how much of it there is; None is not known yet.
-        unit: of `total`, as in '400 images'.
+        unit: of `total`, as in '400 images'; '' leaves the speed out.
         done: of it before: in an earlier session.
         quiet: say nothing, as all processes but one do.
         recorded: write the numbers, {"first", "done", "total"}, to the file that $LMC_PROGRESS
@@ -123,7 +123,8 @@ class Progress:
             seconds = self.seconds() * (1 - self.share) / self.share
             left = f"{timedelta(seconds=max(0, round(seconds)))} left"
         note = self.note if isinstance(self.note, str) else self.note()
-        parts = [f"{self.what} {self.done:g}{total}", note, f"{speed:.1f} {self.unit}/s", left]
+        speeds = f"{speed:.1f} {self.unit}/s" if self.unit else ""
+        parts = [f"{self.what} {self.done:g}{total}", note, speeds, left]
         return "  ".join(filter(None, parts))
 
     def say(self, text: str) -> None:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -216,15 +217,15 @@ def write_release(
     """
     terms.check()
     check_out(out)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    network.save_pretrained(partial)
-    if picture is not None:
-        shutil.copy(picture, partial / "samples.png")
-    (partial / "README.md").write_text(card(network, how, terms, results, picture is not None))
-    shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial, out)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        partial = Path(folder) / out.name
+        network.save_pretrained(partial)
+        if picture is not None:
+            shutil.copy(picture, partial / "samples.png")
+        (partial / "README.md").write_text(card(network, how, terms, results, picture is not None))
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(partial, out)
 
 
 def check_out(out: Path) -> None:

@@ -116,8 +116,8 @@ def denoiser_evaluations(
         The number, None where it is not known, and of what: the loss's name, with a remark such as
         'at most'. A loss that writes `terms` anew must say its `evaluations` anew.
     """
-    says = next(kind for kind in loss.__mro__ if {"terms", "evaluations"} & vars(kind).keys())
-    if "evaluations" not in vars(says):
+    says = (kind for kind in loss.__mro__ if {"terms", "evaluations"} & vars(kind).keys())
+    if "evaluations" not in vars(next(says, object)):
         return None, loss.name
     its = {key: options.get(key, default) for key, default in defaults(loss).items()}
     each = loss.evaluations(**its)

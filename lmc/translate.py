@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from lmc.device import choose_device
+from lmc.files import whole
 from lmc.load import load_translator
 from lmc.progress import Progress
 from lmc.shards.images import SUFFIXES, decode_image, middle_square, to_uint8
@@ -38,14 +40,15 @@ def translate(
         FileNotFoundError, OSError, ValueError: no such file or translator, an unknown class, or two
             files of one name.
     """
-    network = load_translator(translator).to(device)
-    targets = to or network.classes
-    ids = network.class_ids(targets).to(device)
+    device = choose_device(device)
     files = [file for each in images for file in _files(each)]
     stems = [file.stem for file in files]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"several inputs are named {twice!r} and would overwrite each other")
+    network = load_translator(translator).to(device)
+    targets = to or network.classes
+    ids = network.class_ids(targets).to(device)
     out.mkdir(parents=True, exist_ok=True)
     broken = []
     with Progress("translating", len(files), "images") as progress:
@@ -55,12 +58,14 @@ def translate(
             except (OSError, ValueError) as error:
                 broken.append(str(error))
                 progress.say(f"left out: {error}")
+                progress.update(number)
                 continue
             image = middle_square(image[None], network.image_size)
             outputs = network(image.expand(len(ids), -1, -1, -1).to(device), ids)
             for target, output in zip(targets, to_uint8(outputs).cpu(), strict=True):
                 picture = Image.fromarray(output.permute(1, 2, 0).numpy())
-                picture.save(out / f"{file.stem}-{target}.png")
+                with whole(out / f"{file.stem}-{target}.png") as partial:
+                    picture.save(partial, "png")
             progress.update(number)
     print(f"{len(files) - len(broken)} images to {', '.join(targets)}, in {out}")
     if broken:

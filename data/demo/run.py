@@ -22,17 +22,15 @@ COMPARISON = OUT / "compare"
 
 
 def call(*command: str | Path) -> None:
-    """Run a Python command of this repository, showing what it prints.
-
-    On one thread: on two cores two such trainings do more than one with two threads.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *map(str, command)], check=True, env=environment)
+    """Run a Python script of this repository, showing what it prints."""
+    subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
 def lmc(*command: str | Path) -> None:
-    """Run an `lmc` command."""
-    call("-m", "lmc.cli", *command)
+    """Run an `lmc` command, in this process."""
+    from lmc.cli import main
+
+    main([str(word) for word in command])
 
 
 def corrector_errors() -> dict[str, float]:
@@ -60,6 +58,8 @@ def main() -> None:
         shutil.rmtree(OUT, ignore_errors=True)
     if not (OUT / "data/cats/index.json").exists():
         call("data/demo/prepare.py", "--out", OUT / "data", "--count", str(args.count))
+    # Before torch is imported: on two cores two such trainings do more than one with two threads.
+    os.environ["OMP_NUM_THREADS"] = "1"
     steps = [f"--trainer.max_steps={args.steps}"] if args.steps else []
     call("train_bias.py", "fit", "--config", "configs/bias/demo.yaml", *steps)
     lmc("release", OUT / "bias", "--out", OUT / "release/corrector")

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lmc.errors import one_line
-from lmc.training.typos import named_options
+from lmc.training.typos import check_names, named_options
 
 # By name: where it is, and what it does. A command may be several, by the next word.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -59,6 +59,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+# Of trainings: what a configuration that a command takes is one of.
+STAGES = {
+    "compare": ("lmc.training.translator", "TranslatorTraining"),
+    "triplets": ("lmc.training.bias", "CorrectorTraining"),
+    "closed_form": ("lmc.training.bias", "CorrectorTraining"),
+}
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; what the user has to mend ends it with one line, Ctrl-C with 130."""
     with one_line("lmc"):
@@ -82,6 +90,9 @@ def run(args: Sequence[str]) -> None:
         sys.exit(0 if asked else 2)
     words = args[len(name.split()) :]
     check_options(name, words)
+    if name in STAGES:
+        files = itertools.takewhile(lambda word: not word.startswith("-"), words)
+        check_names(*STAGES[name], ["fit", *(f"--config={file}" for file in files)])
     command = load(name)
     parser = parser_of(name, command)
     if _positional(command) == "training" and words[:1] and words[0].startswith("--config"):
@@ -94,10 +105,6 @@ def run(args: Sequence[str]) -> None:
 
     given.pop("config", None)
     record = parser.dump(given, skip_none=False)
-    if "device" in given:
-        from lmc.device import choose_device
-
-        given.device = choose_device(given.device)
     built = vars(instantiate(parser, given))
     if inspect.isclass(command):
         task: Any = command(**built)
@@ -114,11 +121,11 @@ def check_options(name: str, words: Sequence[str]) -> None:
         ValueError: the command has no such option.
     """
     module, _, attribute = COMMANDS[name][0].rpartition(".")
-    known = named_options(module, attribute)
+    known = [each for each in named_options(module, attribute) or [] if each != "record"]
     given = itertools.takewhile(lambda word: word != "--", words)
     for option in (word.partition("=")[0] for word in given if word.startswith("--")):
         top = option.partition(".")[0].removesuffix("+")
-        if known is not None and top[2:] not in (*known, "help", "config", "print_config"):
+        if known and top[2:] not in (*known, "help", "config", "print_config"):
             raise ValueError(unknown(option, "option", [f"--{each}" for each in known]))
 
 
@@ -176,40 +183,47 @@ def _positional(command: Any) -> str:
 def joined(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     """Arguments as jsonargparse takes them: several values of a list as one, a flag with `true`.
 
-    `--to lion bear` becomes `--to=["lion", "bear"]`, `--offline` `--offline=true`; what precedes
-    the options and is a list becomes one, too.
+    `--to lion bear` becomes `--to=["lion", "bear"]`, `--offline` `--offline=true`. What stands
+    before the options, or behind one that takes no more, goes to the argument without a name.
 
     Args:
         args: as typed.
-        types: of the options by name, of what precedes them by ''.
+        types: of the options by name, of the argument without a name by ''.
     """
     found: list[str] = []
+    free: list[str] = []
     for option, values in _grouped(args):
         kind = types.get(option)
         if option == "--":  # what follows is for another command line
             found += [f"--overrides={json.dumps(values)}"] if "--overrides" in types else values
+        elif not option:
+            free += values
         elif _is_list(kind) and values and not (len(values) == 1 and _is_whole(values[0], kind)):
-            text = json.dumps(values, ensure_ascii=False)
-            found.append(f"{option}={text}" if option else text)
-        elif kind is bool and not values:
+            found.append(f"{option}={json.dumps(values, ensure_ascii=False)}")
+        elif kind is bool and values[:1] not in (["true"], ["false"]):
             found.append(f"{option}=true")
+            free += values
         else:
-            found += [option, *values] if option else values
-    return found
+            found += [option, *values[:1]]
+            free += values[1:]
+    if free and _is_list(types[""]):
+        free = [json.dumps(free, ensure_ascii=False)]
+    return [*free, *found]
 
 
 def _grouped(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Options with the values behind them; first those before any, under ''."""
     option, values = "", list[str]()
     for number, arg in enumerate(args):
-        if not arg.startswith("--"):
+        if not arg.startswith("--") and arg != "-h":
             values.append(arg)
             continue
         yield option, values
-        option, values = arg, []
         if arg == "--":
             yield arg, list(args[number + 1 :])
             return
+        option, equals, value = arg.partition("=")
+        values = [value] if equals else []
     yield option, values
 
 

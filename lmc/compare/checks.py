@@ -8,9 +8,9 @@ from typing import Any
 
 from lmc.compare.runs import steps_done
 from lmc.corrector import BiasCorrector
-from lmc.files import write_json
+from lmc.files import read_json, write_json
 from lmc.losses import ScoreDistillation
-from lmc.priors import Prior
+from lmc.priors import Prior, check_identity, say_unchecked
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageStream
 from lmc.specs import Spec, build
@@ -137,7 +137,7 @@ def claim(out: Path, configs: Mapping[str, dict[str, Any]], checked: Checked) ->
         "correctors": checked.correctors,
     }
     if file.exists():
-        there = json.loads(file.read_text())
+        there = read_json(file, ("losses", "config"))
         if "prior" not in there:
             raise ValueError(
                 f"{out} holds a comparison of an earlier version: name another (--out)"
@@ -200,8 +200,10 @@ def _check_same(
         for name, digest in here["correctors"].items()
         if name in used and there["correctors"][name] != digest
     ]
-    if there["prior"] != json.loads(json.dumps(here["prior"])):
-        changed.append("the prior's weights")
+    try:
+        say_unchecked(f"the comparison in {out}", check_identity(there["prior"], here["prior"]))
+    except ValueError as error:
+        changed.append(f"the prior ({' '.join(str(error).split())})")
     if changed:
         raise ValueError(
             f"{out} holds the comparison of something else of the same name: {', '.join(changed)} "

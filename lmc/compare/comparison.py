@@ -9,6 +9,7 @@ from lmc.compare.checks import check, claim, configure, embed
 from lmc.compare.measured import draw, measure_run, not_measured, row_of
 from lmc.compare.runs import recorded, run_of, train_all
 from lmc.configs import parse_seeds
+from lmc.device import choose_device
 from lmc.files import write_json, write_text
 from lmc.measure.commands import report
 from lmc.measure.comparison import rows_over_seeds
@@ -53,6 +54,7 @@ def compare(
         OSError, ValueError: the configuration, a loss or a folder is not what it must be. Nothing
             was trained.
     """
+    device = choose_device(device)
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     specs = parse_specs(losses)

@@ -1,6 +1,5 @@
 """What is measured of a comparison's trainings, and their picture."""
 
-import json
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lmc.compare.runs import Run, steps_done
-from lmc.files import whole, write_json
+from lmc.files import read_json, whole, write_json
 from lmc.load import load_averaged
 from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
 from lmc.measure.figures import labelled_grid
@@ -44,7 +43,7 @@ def measure_run(
         checkpoint = (run / "checkpoints" / "last.ckpt").stat()
         about["checkpoint"] = [checkpoint.st_size, checkpoint.st_mtime_ns]
     if file.exists():
-        there = json.loads(file.read_text())
+        there = read_json(file, ("of", "measured"))
         if there["of"] == about:
             return numbers(there["measured"]["rows"][row])
     stream = ImageStream(data["heldout"], data["image_size"], BATCH, training=False)
@@ -66,7 +65,7 @@ def row_of(run: Run, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     file = run.folder / "training.json"
     # Absent where this process was killed after the training's last checkpoint: how long it took
     # is then not known.
-    seconds = json.loads(file.read_text())["seconds"] if file.exists() else None
+    seconds = read_json(file, ("seconds",))["seconds"] if file.exists() else None
     return {
         **measure(run.folder, run.folder, run.name),
         "seconds": seconds,

@@ -1,6 +1,5 @@
 """The trainings of a comparison."""
 
-import json
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from lmc.compare.side_by_side import TrainingFailed, Trainings, visible_gpus
-from lmc.files import write_json
+from lmc.files import read_json, write_json
 from lmc.specs import Spec
 from lmc.training.dry_run import per_image
 
@@ -42,12 +41,14 @@ class Run:
         return f"{self.spec.label} seed {self.seed}"
 
 
-def run_of(out: Path, spec: Spec, seed: int, config: Mapping[str, Any]) -> Run:
-    """A run of the comparison in `out`; `config` has the loss."""
-    try:
-        evaluations = per_image(config["model"])[0]
-    except (ImportError, AttributeError):  # a class of the user's that is no longer there
-        evaluations = None
+def run_of(out: Path, spec: Spec, seed: int, config: Mapping[str, Any], own: bool = True) -> Run:
+    """A run of the comparison in `out`; `config` has the loss.
+
+    A loss that this command line does not name is known of a file alone: not `own`, a class of the
+    user's is not imported for it.
+    """
+    ours = own or config["model"]["loss"]["class_path"].rpartition(".")[0] in ("lmc", "lmc.losses")
+    evaluations = per_image(config["model"])[0] if ours else None
     steps = config["trainer"]["max_steps"]
     return Run(spec, seed, out / spec.folder() / f"seed{seed}", steps, evaluations)
 
@@ -64,7 +65,7 @@ def recorded(
         for folder in (out / spec.folder()).glob("seed*"):
             seed = folder.name.removeprefix("seed")
             if seed.isdecimal() and steps_done(folder) >= common["trainer"]["max_steps"]:
-                here.setdefault(int(seed), run_of(out, spec, int(seed), config))
+                here.setdefault(int(seed), run_of(out, spec, int(seed), config, own=False))
         runs += [here[seed] for seed in sorted(here)]
     return runs
 
@@ -89,7 +90,7 @@ def train_all(runs: Sequence[Run], base: Sequence[str], jobs: int) -> dict[str, 
     def train(run: Run) -> None:
         log, times = run.folder / "log.txt", run.folder / "training.json"
         run.folder.mkdir(parents=True, exist_ok=True)
-        seconds = json.loads(times.read_text())["seconds"] if times.exists() else 0.0
+        seconds = read_json(times, ("seconds",))["seconds"] if times.exists() else 0.0
         command = [sys.executable, "-m", "lmc.training", "translator", "fit", *base]
         command += [*run.spec.arguments(), f"--run={run.folder}", f"--seed_everything={run.seed}"]
         start = time.monotonic()

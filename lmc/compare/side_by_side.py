@@ -5,8 +5,9 @@ import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 from lmc.progress import PROGRESS, Progress, read_record
@@ -77,7 +78,7 @@ class Trainings:
             for part in gpu_parts(self.gpus, side_by_side):
                 self.slots.put(part)
             with (
-                Progress("training", 1, "trainings") as progress,
+                Progress("trainings ended", 1, "") as progress,
                 ThreadPoolExecutor(side_by_side) as pool,
             ):
                 futures = [pool.submit(job) for job in jobs]
@@ -113,10 +114,7 @@ class Trainings:
             "PYTHONUNBUFFERED": "1",
             PROGRESS: str(record.resolve()),
         }
-        gpus = () if self.slots.empty() else self.slots.get()
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        with open(log, "a") as file:
+        with self._some_gpus() as gpus, open(log, "a") as file:
             with self.lock:
                 if self.stopping:
                     raise Stopped(name)
@@ -128,7 +126,7 @@ class Trainings:
                     stderr=subprocess.STDOUT,
                     text=True,
                     errors="replace",
-                    env={**os.environ, **environment},
+                    env={**os.environ, **environment, **gpus},
                     # Ctrl-C is not for it: it gets SIGTERM from `stop`, and saves. Where this
                     # process is killed it ends too: its next line finds the pipe broken.
                     start_new_session=True,
@@ -146,11 +144,23 @@ class Trainings:
                 with self.lock:
                     self.ended.add(name)
                     del self.running[name]
-                self.slots.put(gpus)
         if self.stopping:
             raise Stopped(name)
         if process.returncode != 0:
             raise TrainingFailed(name, log)
+
+    @contextmanager
+    def _some_gpus(self) -> Iterator[dict[str, str]]:
+        """The environment that gives a training its part of the GPUs, another's afterwards."""
+        try:
+            part = self.slots.get_nowait()
+        except queue.Empty:  # there are none, or they are not dealt out
+            yield {}
+            return
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": ",".join(part)}
+        finally:
+            self.slots.put(part)
 
     def stop(self) -> None:
         """Begin no further training, and tell those that run to save and leave."""

@@ -62,6 +62,9 @@ def evaluate(
     Raises:
         OSError, ValueError: what is named is not there, or does not fit the rest.
     """
+    from lmc.device import choose_device
+
+    device = choose_device(device)
     if named_by_prompt is not None:
         if translator or images or shards:
             raise ValueError(

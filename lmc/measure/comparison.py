@@ -1,10 +1,10 @@
 """A comparison of losses read from its folder (`lmc compare`), for reports. No Lightning."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lmc.files import read_json
 from lmc.measure.results import combine
 from lmc.measure.tables import seeds_table
 from lmc.specs import Spec
@@ -29,9 +29,9 @@ def read_comparison(out: Path) -> tuple[dict[str, Any], list[list[str]]]:
     """
     if not all((out / name).exists() for name in ("results.json", "comparison.json")):
         raise FileNotFoundError(f"{out} holds no finished comparison: lmc compare --out {out}")
-    compared = json.loads((out / "results.json").read_text())
-    config = json.loads((out / "comparison.json").read_text())["config"]
-    found = {"source": json.loads((out / "source/evaluation.json").read_text())["measured"]}
+    compared = read_json(out / "results.json", ("source", "losses"))
+    config = read_json(out / "comparison.json", ("config",))["config"]
+    found = {"source": read_json(out / "source/evaluation.json", ("measured",))["measured"]}
     failed = []
     for label, seeds in compared["losses"].items():
         failed += [f"{label} seed {seed} failed" for seed, row in seeds.items() if "failed" in row]
@@ -39,7 +39,7 @@ def read_comparison(out: Path) -> tuple[dict[str, Any], list[list[str]]]:
         if seed is None:
             continue
         folder = out / Spec(label, "").folder() / f"seed{seed}"
-        measured = json.loads((folder / "evaluation.json").read_text())["measured"]
+        measured = read_json(folder / "evaluation.json", ("measured",))["measured"]
         row = measured["rows"][f"{label} seed {seed}"]
         found[label] = {**measured, "rows": {label: {**row, "path": str(folder)}}}
     result = combine(found, next((name for name in found if name != "source"), None))

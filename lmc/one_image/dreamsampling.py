@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmc.configs import parse_seeds
+from lmc.device import choose_device
 from lmc.dreamsampler import (
     AveragePooling,
     Canvas,
@@ -83,6 +84,7 @@ class Task(ABC):
     def __call__(self, settings: str) -> None:
         """Do it and write the files; `settings` is the YAML written beside them."""
         out = Path(self.out)
+        self.device = choose_device(self.device)
         check_prior(self.prior)
         self.check()
         check_out(out, settings)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmc.configs import parse_numbers
 from lmc.corrector import BiasCorrector
+from lmc.device import choose_device
 from lmc.errors import message
 from lmc.files import write_json, write_text
 from lmc.losses import ScoreDistillation
@@ -93,6 +94,7 @@ def edits(
     """
     from lmc.measure.metrics import distances
 
+    device = choose_device(device)
     numbers = parse_numbers(guidance_scales, "guidance_scales", float)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmc.files import write_json, write_text
+from lmc.files import read_json, write_json, write_text
 from lmc.measure.tables import edits_table, markdown
 from lmc.one_image.job import RECORD, RESULTS, read_image, save_whole
 from lmc.specs import Spec
@@ -28,7 +28,7 @@ def go_on(out: Path, made_with: Mapping[str, Any]) -> dict[str, Any]:
         if out.exists() and (not out.is_dir() or {each.name for each in out.iterdir()} - own):
             raise ValueError(f"{out} holds something else: name another folder")
         return fresh
-    there = json.loads(file.read_text())
+    there = read_json(file)
     before = there.get("made_with")
     if before is None:
         raise ValueError(f"{out} holds something else: name another folder")

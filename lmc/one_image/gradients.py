@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from lmc.configs import parse_numbers
+from lmc.device import choose_device
 from lmc.losses import LMC
 from lmc.measure.figures import gradients_figure
 from lmc.one_image.job import read_image, save_whole
@@ -43,6 +44,7 @@ def gradients(
         seed: of the noise.
         device: cpu, cuda, …; default the GPU where there is one.
     """
+    device = choose_device(device)
     times = parse_numbers(t, "t", float)
     for time in times:
         if not 0 < time < 1:

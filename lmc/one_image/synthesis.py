@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmc.configs import parse_seeds
+from lmc.device import choose_device
 from lmc.files import write_json, write_text
 from lmc.losses import ScoreDistillation
 from lmc.one_image.job import (
@@ -158,6 +159,7 @@ def _optimise_one(
 ) -> None:
     if snapshot_every < 1:
         raise ValueError(f"snapshot_every must be at least 1, got {snapshot_every}")
+    device = choose_device(device)
     steps = job.settings.steps
     latent = parametrisation == "latents"
     if latent and not job.prior.latent:

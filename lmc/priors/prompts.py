@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import os
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmc.errors import warn
+from lmc.files import whole
 from lmc.priors.families import Family
 from lmc.priors.weights import PipelineFolder
 
@@ -51,10 +51,8 @@ class TextPrompts:
             encoded = self.encode(list(missing))
             gc.collect()  # a T5-XXL is 19 GB: gone before the denoiser needs the room
             for (row, unknown), file in zip(encoded, missing.values(), strict=True):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_suffix(f".{os.getpid()}.partial")
-                save_file(row, partial, {"unknown": json.dumps(unknown)})
-                os.replace(partial, file)
+                with whole(file) as partial:
+                    save_file(row, partial, {"unknown": json.dumps(unknown)})
         rows = []
         for prompt, file in zip(prompts, files, strict=True):
             with safe_open(file, "pt") as opened:

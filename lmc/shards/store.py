@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from lmc.configs import build, read_stage_one
-from lmc.files import write_json
+from lmc.device import choose_device
+from lmc.files import read_json, write_json
 from lmc.priors import Embedding, Prior
 from lmc.progress import Progress
 from lmc.schedule import TIME_RANGE, check_time_range
@@ -128,7 +129,7 @@ def write_triplets(
 
 def summary(out: Path) -> dict[str, Any]:
     """What `write_triplets` returns, of the folder as it is."""
-    record = json.loads((out / RECORD).read_text())
+    record = read_json(out / RECORD, ("shards", "times_per_image"))
     done = [name for name in record["shards"] if _done(out, name)]
     counts = [json.loads((out / f"{name}.json").read_text()) for name in done]
     images = sum(count["images"] for count in counts)
@@ -248,7 +249,7 @@ def _record(out: Path, what: TripletSet, shards: Mapping[str, str], prior: Prior
     if not file.exists():
         write_json(file, now)
         return
-    there = json.loads(file.read_text())
+    there = read_json(file)
     other = [name for name in now if there.get(name) != now[name]]
     if other:
         said = "; ".join(f"{name} {there.get(name)} there, {now[name]} now" for name in other)
@@ -294,6 +295,7 @@ def triplets(
     Raises:
         OSError, ValueError: see `write_triplets`, or no configuration of stage one.
     """
+    device = choose_device(device)
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     config = read_stage_one(training)

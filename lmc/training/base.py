@@ -48,6 +48,8 @@ class Identified:
         self._prior, self.identity = prior, identity
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_prior":  # while it is copied
+            raise AttributeError(name)
         return getattr(self._prior, name)
 
 
@@ -330,7 +332,7 @@ def leads() -> bool:
 
     It does where no launcher says that it is a later one; a launcher ends all when one fails.
     """
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def plain(value: Any) -> Any:

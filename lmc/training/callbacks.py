@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lmc.files import whole
 from lmc.progress import Progress
 from lmc.training.about import About
 from lmc.training.base import TrainingModule
@@ -195,13 +196,11 @@ def keep_snapshot(path: Path, step: int, count: int) -> None:
 
     Newest by when they were written: a run that was set back to an earlier step has later ones.
     """
-    partial = path.with_name("step.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(path, partial)  # the next save replaces `path`, and leaves what it was
-    except OSError:  # not every file system links
-        shutil.copyfile(path, partial)
-    os.replace(partial, path.with_name(f"step-{step:06d}.ckpt"))
+    with whole(path.with_name(f"step-{step:06d}.ckpt")) as partial:
+        try:
+            os.link(path, partial)  # the next save replaces `path`, and leaves what it was
+        except OSError:  # not every file system links
+            shutil.copyfile(path, partial)
     every = path.parent.glob("step-*.ckpt")
     for old in sorted(every, key=lambda file: (file.stat().st_mtime_ns, file.name))[:-count]:
         old.unlink()
@@ -228,17 +227,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "precision"
             )
         path = Path(path)
-        partial = path.with_suffix(".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
+            with whole(path) as partial, open(partial, "wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             # torch.save turns a full disk into a RuntimeError of its zip writer.
-            partial.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
             kept = "the last one there is untouched" if path.exists() else "there was none before"
             raise OSError(

@@ -29,7 +29,7 @@ def train(stage: str, args: Sequence[str] | None, program: str) -> "TrainingCLI"
         program: its name, before the line that an error is.
 
     Raises:
-        SystemExit: with a line: of status 2 where the parser refused an option, else 1.
+        SystemExit: with a line, which Python prints, and status 1.
     """
     module, name = STAGES[stage]
     with one_line(program):
@@ -42,8 +42,7 @@ def train(stage: str, args: Sequence[str] | None, program: str) -> "TrainingCLI"
         try:
             return TrainingCLI(training, None if args is None else list(args))
         except argparse.ArgumentError as error:
-            print(f"{program}: {refused(error)}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(f"{program}: {refused(error)}")
 
 
 def refused(error: argparse.ArgumentError) -> str:

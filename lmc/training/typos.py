@@ -260,14 +260,17 @@ def find(module: str, name: str) -> Found | None:
 
 
 def named_options(module: str, name: str) -> list[str] | None:
-    """The arguments of a function or class of this package; None where its source cannot tell."""
+    """The options of a command: a dataclass's fields, a function's arguments by keyword alone.
+
+    None where its source cannot tell.
+    """
     if (found := find(module, name)) is not None:
         known = options(found)
         return None if known is None else list(known)
     tree = _source(module)
     for node in tree.body if tree else ():
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            return list(_arguments(node))
+            return [each.arg for each in node.args.kwonlyargs]
     return None
 
 
