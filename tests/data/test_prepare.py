@@ -27,7 +27,7 @@ from test_images import BOMB, RAISED, damages
 import lmc.progress
 from lmc.shards.images import ImageStream, heldout_names
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 sys.path.insert(0, str(DATA))
 
 import shards  # noqa: E402

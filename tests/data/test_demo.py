@@ -15,7 +15,7 @@ from lmc.measure.metrics import Clip, r_precision
 from lmc.priors import DiffusersPrior
 from lmc.shards.images import ImageStream, heldout_names
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "data" / "demo"
 sys.path.insert(0, str(DEMO))
 

@@ -615,7 +615,7 @@ def test_a_folder_of_something_else_is_left_alone(world, trained, tmp_path):
 
 def test_a_crash_does_not_end_the_others(world, tmp_path, monkeypatch):
     """In processes of their own, side by side."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     out = tmp_path / "out"
     command = args(world, out, "failing_loss.Crash,sds", "--jobs", "2", "--seeds", "0")

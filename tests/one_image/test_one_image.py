@@ -411,7 +411,7 @@ def test_the_time_left_is_by_evaluations_of_the_denoiser(edits, monkeypatch, cap
     monkeypatch.setattr(lmc.one_image.edits, "optimize", ticking)
     monkeypatch.setattr(lmc.progress, "SECONDS", 0.0)
     monkeypatch.setattr(lmc.progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    losses = "cond,test_cli_image.Another,dds,sdi"
+    losses = "cond,test_one_image.Another,dds,sdi"
     with pytest.raises(SystemExit, match="failed: dds at 5"):
         main([*edits, f"--losses={losses}", "--guidance_scales=5", "--batch_size=1"])
     # Evaluations, of which each takes a second, and what is left.
@@ -675,7 +675,7 @@ def test_bad_input_of_a_list(edits, world, tmp_path):
 
 CONFIGS = [
     file
-    for file in sorted((Path(__file__).parents[1] / "configs" / "image").glob("*.yaml"))
+    for file in sorted((Path(__file__).parents[2] / "configs" / "image").glob("*.yaml"))
     if "dreamsampler" not in file.name  # see test_dreamsampler
 ]
 

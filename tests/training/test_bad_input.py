@@ -36,7 +36,7 @@ from lmc.translator import Translator
 import worlds
 
 TERMS = Terms(**worlds.TERMS)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAINS = {"bias": train_bias.main, "translator": train_translator.main}
 
 

@@ -24,7 +24,7 @@ from lmc.training.translator import Ramp
 import worlds
 from worlds import release
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")

@@ -261,7 +261,7 @@ def test_an_embedding_cached_by_an_earlier_version_is_read(folder, tmp_path):
 
 def test_the_demos_prior_does_not_know_a_zebra(tmp_path):
     prior = DiffusersPrior(
-        str(Path(__file__).parents[1] / "data/demo/prior"), cache_dir=str(tmp_path)
+        str(Path(__file__).parents[2] / "data/demo/prior"), cache_dir=str(tmp_path)
     )
     known = ["a photo of a cat", "a picture of the lion", "an animal face", ""]
     with warnings.catch_warnings():

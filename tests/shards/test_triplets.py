@@ -46,7 +46,7 @@ from lmc.training.bias import CorrectorTraining
 import worlds
 
 TIMES = 3
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # float16 keeps 11 bits: rounding to nearest is off by 2^-11 of the value at most, and below its
 # smallest normal number by 2^-25. Another batch size moves float32 sums by about 1e-6.
 HALF = {"rtol": 2**-11, "atol": 2**-25 + 5e-6}

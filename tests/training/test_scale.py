@@ -35,7 +35,7 @@ from lmc.unet import UNet
 import ranks
 import worlds
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 20
 
 
