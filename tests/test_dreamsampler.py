@@ -455,7 +455,7 @@ def test_bad_input_is_found_before_weights_are_loaded(
 
     edit = ("edit", "--prompt=a dog")
     assert "broken.png" in message(*edit, image="broken")
-    assert "no such file: gone.png" in message(*edit, "--image=gone.png")
+    assert "no such image: gone.png" in message(*edit, "--image=gone.png")
     assert "16 x 16 pixels, image" in message("inpaint", mask("other"))
     assert "no white" in message("inpaint", mask("empty"))
     assert "leaves nothing of the image" in message("inpaint", mask("full"))

@@ -27,10 +27,10 @@ from lmc.dreamsampler import (
     data_weight,
 )
 from lmc.files import write_json, write_text
-from lmc.one_image.job import RECORD, RESULTS, check_out, save_image
+from lmc.one_image.job import RECORD, RESULTS, check_out, read_image, save_image
 from lmc.priors import Embedding, Prior
 from lmc.progress import tracker
-from lmc.shards.images import decode_image, middle_square
+from lmc.shards.images import middle_square
 
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
 
@@ -110,7 +110,7 @@ class Task(ABC):
 
     def read(self, file: str, size: int) -> Tensor:
         """The middle square of an image file, (1, 3, size, size) in [-1, 1]."""
-        return middle_square(_decode(file)[None], size)
+        return middle_square(read_image(Path(file))[None], size)
 
 
 @dataclass(kw_only=True)
@@ -254,7 +254,7 @@ class Inpaint(InverseProblem):
     mask: str
 
     def operator(self, size: int) -> Inpainting:
-        sizes = [tuple(_decode(file).shape[-2:]) for file in (self.image, self.mask)]
+        sizes = [tuple(read_image(Path(file)).shape[-2:]) for file in (self.image, self.mask)]
         if sizes[0] != sizes[1]:
             (h, w), (mask_h, mask_w) = sizes
             raise ValueError(
@@ -262,7 +262,7 @@ class Inpaint(InverseProblem):
                 "they must be of one size"
             )
         # Nearly white is white, nearly black is black: files of photos' formats are never clean.
-        white = (_decode(self.mask).mean(0) > 0).float()[None, None]
+        white = (read_image(Path(self.mask)).mean(0) > 0).float()[None, None]
         # Known is only what no white pixel was resized into.
         unknown = middle_square(white, size)[0, 0] > 0.005
         if not unknown.any():
@@ -314,10 +314,3 @@ def psnr(image: Tensor, original: Tensor) -> float:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     return round(peak_signal_noise_ratio(image.clamp(-1, 1), original, data_range=2.0).item(), 2)
-
-
-def _decode(file: str) -> Tensor:
-    """An image file, (3, H, W) in [-1, 1]."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    return decode_image(Path(file).read_bytes(), file)

@@ -91,6 +91,9 @@ def edits(
         seed: of the first edit; the second has the next, and so on.
         batch_size: edits at once.
         device: cpu, cuda, …; default the GPU where there is one.
+
+    Raises:
+        OSError, ValueError: a file or option is not what it must be; nothing is loaded then.
     """
     from lmc.measure.metrics import distances
 

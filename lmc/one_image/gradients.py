@@ -43,6 +43,9 @@ def gradients(
         guidance_scale: ω.
         seed: of the noise.
         device: cpu, cuda, …; default the GPU where there is one.
+
+    Raises:
+        OSError, ValueError: a file or option is not what it must be; nothing is loaded then.
     """
     device = choose_device(device)
     times = parse_numbers(t, "t", float)

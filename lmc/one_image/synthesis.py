@@ -75,6 +75,9 @@ def synthesize(
         parametrisation: what is optimised; latents are of the prior's VAE, whole images only.
         snapshot_every: steps from one picture of the progression to the next.
         device: cpu, cuda, …; default the GPU where there is one.
+
+    Raises:
+        OSError, ValueError: a file or option is not what it must be; nothing is loaded then.
     """
     numbers = parse_seeds(seeds)
     if size < 8:
@@ -128,6 +131,9 @@ def edit(
         parametrisation: what is optimised; latents are of the prior's VAE, whole images only.
         snapshot_every: steps from one picture of the progression to the next.
         device: cpu, cuda, …; default the GPU where there is one.
+
+    Raises:
+        OSError, ValueError: a file or option is not what it must be; nothing is loaded then.
     """
     numbers = parse_seeds(seeds)
     source = read_image(image)[None]

@@ -2,12 +2,12 @@
 
 import os
 import tarfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lmc.errors import about, require
@@ -130,7 +130,12 @@ class ImageData(LightningDataModule):
             self.batches_read += 1
         for what in batch.skipped:
             self.skipped += 1
-            rank_zero_warn(f"skipped a broken sample ({self.skipped} so far): {what}")
+            several = self.trainer is not None and self.trainer.world_size > 1
+            who = f"rank {self.trainer.global_rank}: " if several and self.trainer else ""
+            # Every rank's own: another reads other samples.
+            warnings.warn(
+                f"{who}skipped a broken sample ({self.skipped} so far): {what}", stacklevel=2
+            )
         return batch
 
     def state_dict(self) -> dict[str, Any]:
