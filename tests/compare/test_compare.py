@@ -483,6 +483,22 @@ def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
     assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
 
 
+def test_no_class_is_imported_that_a_file_alone_names(world, trained, copy, tmp_path, monkeypatch):
+    """comparison.json is data, whoever wrote it; its row is shown, without the evaluations."""
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = copy / "comparison.json"
+    content = json.loads(file.read_text())
+    loss = {"class_path": "planted.Loss", "init_args": {}}
+    content["losses"]["planted"] = {"loss": loss, "time": None}
+    file.write_text(json.dumps(content))
+    shutil.copytree(copy / "sds" / "seed0", copy / "planted" / "seed0")
+    (copy / "planted" / "seed0" / "evaluation.json").unlink()
+    main(args(world, copy, "cond", "--seeds", "0"))
+    assert results(copy)["planted"]["0"]["evaluations_per_image"] is None
+    assert not (tmp_path / "imported").exists() and "planted" not in sys.modules
+
+
 def test_a_release_takes_its_numbers_from_a_comparison(finished):
     found = read_results(finished, "cond")
     row = results(finished)["cond"]["0"]
