@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lmc"
 # Modules and wings, along the data; those of one line know nothing of each other's order.
 ORDER = (
-    *("files", "errors", "device", "progress", "schedule", "configs", "unet", "hub"),
+    *("files", "errors", "typos", "device", "progress", "schedule", "configs", "unet", "hub"),
     "priors",
     "shards",
     *("corrector", "filter", "translator", "load", "translate"),

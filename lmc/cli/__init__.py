@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lmc.errors import one_line
-from lmc.training.typos import check_names, named_options
+from lmc.typos import check_names, named_options
 
 # By name: where it is, and what it does. A command may be several, by the next word.
 COMMANDS: dict[str, tuple[str, str]] = {

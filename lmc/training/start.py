@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lmc.errors import message, one_line
-from lmc.training.typos import check_names
+from lmc.typos import check_names
 
 if TYPE_CHECKING:
     from lmc.training.cli import TrainingCLI

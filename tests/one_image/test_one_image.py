@@ -353,14 +353,14 @@ def test_figures_keep_what_earlier_commands_measured(edits, tmp_path, drawn):
     def curves() -> dict[str, list[str]]:
         return {name: [scale for *_, scale in x] for name, x in drawn["curves_figure"][0].items()}
 
-    main([*edits, "--losses=test_cli_image.OwnLMC,cond", "--corrector=identity"])
+    main([*edits, "--losses=test_one_image.OwnLMC,cond", "--corrector=identity"])
     before = curves(), [*drawn["statistics_figure"][0]]
-    assert before[1] == ["source", "test_cli_image.OwnLMC", "cond"]
+    assert before[1] == ["source", "test_one_image.OwnLMC", "cond"]
     # The user's own loss is of a module that is gone.
     out = tmp_path / "out"
     text = (out / "results.json").read_text()
-    (out / "results.json").write_text(text.replace("test_cli_image.OwnLMC", "gone.Loss"))
-    (out / "images" / "test_cli_image.OwnLMC").rename(out / "images" / "gone.Loss")
+    (out / "results.json").write_text(text.replace("test_one_image.OwnLMC", "gone.Loss"))
+    (out / "images" / "test_one_image.OwnLMC").rename(out / "images" / "gone.Loss")
     main([*edits, "--losses=sds", "--guidance_scales=10,5"])
     assert curves() == {
         "gone.Loss": ["2", "5"],
@@ -588,7 +588,7 @@ def test_a_list_goes_on_with_the_same_corrector_and_measures_only(
     assert "something else (the corrector of lmc)" in error(*args)
     monkeypatch.undo()
     monkeypatch.chdir(world)
-    main([*args, "--losses=sds,test_cli_image.OwnLMC", "--guidance_scales=5"])
+    main([*args, "--losses=sds,test_one_image.OwnLMC", "--guidance_scales=5"])
     assert "something else (the corrector of lmc)" in error(*args, "--losses=sds,lmc")
     measures = distances(24)
     monkeypatch.setattr(lmc.measure.metrics, "distances", lambda size: {"lpips": rmse, **measures})
@@ -660,7 +660,7 @@ def test_bad_input_of_a_list(edits, world, tmp_path):
         file.write_text(text)
         assert expected in error(*edits, f"--list={file}")
     assert "unknown loss 'sd'" in error(*edits, "--losses=sd")
-    for loss in ("lmc", "test_cli_image.OwnLMC"):
+    for loss in ("lmc", "test_one_image.OwnLMC"):
         assert f"{loss!r} needs a corrector" in error(*edits, f"--losses={loss}")
     assert "'ms_sds:steps=few': " in error(*edits, "--losses=ms_sds:steps=few")
     assert "guidance_scale is not" in error(*edits, "--losses=sds:guidance_scale=3")

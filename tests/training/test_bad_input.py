@@ -30,8 +30,8 @@ from lmc.training.base import Identified, TrainingModule
 from lmc.training.cli import ConfigReader
 from lmc.training.start import STAGES
 from lmc.training.translator import TranslatorTraining
-from lmc.training.typos import check_names, options
 from lmc.translator import Translator
+from lmc.typos import check_names, options
 
 import worlds
 

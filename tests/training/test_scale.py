@@ -182,7 +182,9 @@ def assert_goes_on(folder, args, stopped, straight, count=1):
             assert torch.equal(value, other["ema"][name]), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_stops_both_and_both_go_on(
     two, tiny_prior_folder, data, tmp_path, number
 ):
@@ -226,6 +228,7 @@ def test_a_signal_while_held_out_images_are_measured(one, tiny_prior_folder, dat
     assert_goes_on(tmp_path, args, 4, one)
 
 
+@pytest.mark.slow
 def test_a_signal_while_gradients_are_accumulated(one, tiny_prior_folder, data, tmp_path):
     """They are in no checkpoint: the look goes on to its end, and the step too."""
     args = alone(tiny_prior_folder, data, tmp_path / "run")
@@ -236,7 +239,11 @@ def test_a_signal_while_gradients_are_accumulated(one, tiny_prior_folder, data, 
     assert_goes_on(tmp_path, args, 4, one)
 
 
-@pytest.mark.parametrize(("look", "to"), [("3,3", 1), ("0,6", 0)], ids=["both look", "one is done"])
+@pytest.mark.parametrize(
+    ("look", "to"),
+    [("3,3", 1), pytest.param("0,6", 0, marks=pytest.mark.slow)],
+    ids=["both look", "one is done"],
+)
 def test_a_signal_to_one_rank_while_they_measure(two, tiny_prior_folder, data, tmp_path, look, to):
     """The one that is done waits for the other; told to leave, neither waits."""
     args = long_args(tiny_prior_folder, data, tmp_path / "run", "--trainer.val_check_interval=4")

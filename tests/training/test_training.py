@@ -51,7 +51,7 @@ def assert_same(one: dict, other: dict) -> None:
         assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_weights(tiny_prior_folder, data, tmp_path, workers):
     """N + N steps across a SIGKILL equal 2N straight, bit for bit: weights, EMA, Adam."""
     more = ["--trainer.max_steps=30", "--save_every=3", f"--data.num_workers={workers}"]
@@ -241,6 +241,7 @@ def fails(capsys: pytest.CaptureFixture, run, args: list[str]) -> str:
     return f"{caught.value} {capsys.readouterr().err}"
 
 
+@pytest.mark.slow
 def test_wrong_configurations_are_named(tiny_prior_folder, data, tmp_path, capsys, monkeypatch):
     """Each before any weights are loaded."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parent
 PARSER = ("config", "help", "print_config", "seed_everything")  # LightningCLI's own
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 ROOTS = ("ABC", "object", "Protocol", "Generic")  # bases without arguments
