@@ -613,7 +613,7 @@ def test_a_later_file_changes_options_of_an_earlier_one_s_class(tmp_path):
 def test_a_class_whose_arguments_cannot_be_told_is_left_to_the_parser(tmp_path, monkeypatch):
     import ast
 
-    from lmc.training import typos
+    from lmc import typos
 
     source = """
 class Plain:
