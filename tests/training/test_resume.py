@@ -239,6 +239,15 @@ def test_another_effective_batch_is_said(there, data, capsys):
     )
 
 
+def test_a_class_may_be_named_by_either_of_its_paths(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {loss: {class_path: lmc.losses.NFSD}}")
+    assert check_changes(file, {"model": {"loss": {"class_path": "lmc.NFSD"}}}) == []
+    for other in ("lmc.SDS", "mine.NFSD", "lmcx.NFSD"):
+        with pytest.raises(ValueError, match=r"class_path was 'lmc.losses.NFSD' and is"):
+            check_changes(file, {"model": {"loss": {"class_path": other}}})
+
+
 @pytest.mark.parametrize("text", ["{", "- 1", "\0"])
 def test_a_broken_config_is_named(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
