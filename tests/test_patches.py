@@ -104,3 +104,20 @@ def test_output_and_source_are_seen_in_the_same_part(tiny_prior_folder, tmp_path
     # Smooth pictures: a part of them, enlarged, is smoother than the whole.
     roughness = (x.z[..., 1:] - x.z[..., :-1]).square().mean() / x.z.var((2, 3)).mean()
     assert roughness < 0.1
+
+
+def test_a_run_with_patches_goes_on_to_the_same_weights(tiny_prior_folder, tmp_path):
+    data = worlds.write_world(tmp_path / "world")
+
+    def weights(name: str, *steps: int, patches: str = "{share: 0.5, range: [4, 12]}") -> dict:
+        for end in steps:
+            args = worlds.translator_args(tiny_prior_folder, data, tmp_path / name, "SDS")
+            args += [f"--model.patches={patches}", f"--trainer.max_steps={end}"]
+            train_translator.main(args)
+        file = tmp_path / name / "checkpoints" / "last.ckpt"
+        return torch.load(file, weights_only=True)["state_dict"]
+
+    straight, resumed = weights("straight", 4), weights("resumed", 2, 4)
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+    whole = weights("whole", 4, patches="null")
+    assert not all(torch.equal(value, whole[name]) for name, value in straight.items())
