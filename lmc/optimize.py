@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
+from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Embedding, Prior
 from lmc.schedule import TimeSchedule
-from lmc.shards.images import resize
-
-Window = tuple[int, int, int]  # top, left and side in pixels of a square part of an image
 
 
 class Renderer(Protocol):
@@ -164,14 +162,7 @@ class Synthesis:
         Raises:
             ValueError: patch_range asks for patches larger than the image.
         """
-        short = min(height, width)
-        low, high = self.patch_range or (min(image_size, short), short)
-        if high > short:
-            raise ValueError(
-                f"patch_range [{low}, {high}]: patches of {high} pixels are larger than the image "
-                f"of {width} x {height}"
-            )
-        return low, high
+        return sides(self.patch_range, height, width, image_size, "patch_range")
 
 
 @dataclass(frozen=True)
@@ -407,11 +398,7 @@ class _Task:
             return z, self._encode(self.source, rows, windows)
 
     def _encode(self, image: Tensor, rows: Tensor, windows: Sequence[Window]) -> Tensor:
-        parts = [
-            resize(image[row : row + 1, :, y : y + side, x : x + side], self.prior.image_size)
-            for row, (y, x, side) in zip(rows.tolist(), windows, strict=True)
-        ]
-        return self.prior.encode(torch.cat(parts))
+        return self.prior.encode(crop(image, rows.tolist(), windows, self.prior.image_size))
 
     def l2(self, whole: Tensor) -> Tensor:
         """‖image − source‖² of whole images, or of their z where those are optimised."""
@@ -424,16 +411,6 @@ class _Task:
         shape, dtype = self.like.shape[1:], self.like.dtype
         drawn = [torch.randn(shape, generator=each, dtype=dtype) for each in generators]
         return torch.stack(drawn).to(self.device)
-
-
-def draw_window(generator: torch.Generator, height: int, width: int, low: int, high: int) -> Window:
-    """A random square inside a height x width image, its side uniform in low … high."""
-
-    def below(end: int) -> int:
-        return int(torch.randint(end, (), generator=generator))
-
-    side = low + below(high - low + 1)
-    return below(height - side + 1), below(width - side + 1), side
 
 
 def _draw_t(

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 
 SECONDS = 5.0  # between two lines of a log
 PROGRESS = "LMC_PROGRESS"  # environment: the file that a process shall write its numbers to
+NOTE = "note at step "  # how a line begins that whoever started this process shows at once
 T = TypeVar("T")
 
 

@@ -1,5 +1,6 @@
 """The configurations: each parses and builds, opens as it must, and names what there is."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -112,10 +113,24 @@ def test_configs_build_their_training(
         assert stated(yaml.safe_load(file.read_text())).license == "apache-2.0"
 
 
+def test_eight_classes_are_all_that_the_demo_draws(monkeypatch):
+    """And nothing else is another than with four."""
+    monkeypatch.syspath_prepend(ROOT / "data" / "demo")
+    drawn = importlib.import_module("animals").CLASSES
+    reader, file = ConfigReader(TranslatorTraining), CONFIGS / "translator" / "demo-eight.yaml"
+    args = command(file, "translator")
+    four, eight = reader.read([args[1], args[2]]), reader.read(args[1:])
+    classes = eight["model"].pop("classes")
+    assert classes[:4] == four["model"].pop("classes")
+    assert sorted([eight["model"]["source"], *classes]) == sorted(drawn)
+    assert eight.pop("run") != four.pop("run") and eight == four
+
+
 def test_every_config_is_tested():
     found = {str(file.relative_to(CONFIGS))[:-5] for file in CONFIGS.rglob("*.yaml")}
     stages = {f"{stage}/{which}" for stage in STAGES for which in ("demo", "paper")}
     mine = stages | {f"priors/{name}" for name in PRIORS} | {"translator/imagenet-classes"}
+    mine |= {"translator/demo-eight"}
     assert {name for name in found if not name.startswith("image/")} == mine
 
 

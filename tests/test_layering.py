@@ -13,7 +13,7 @@ ORDER = (
     "priors",
     "shards",
     *("corrector", "filter", "translator", "load", "translate"),
-    *("losses", "specs", "optimize", "dreamsampler"),
+    *("losses", "specs", "patches", "optimize", "dreamsampler"),
     "measure",
     *("release", "closed_form"),
     "one_image",

@@ -15,10 +15,10 @@ from lmc.optimize import (
     Latents,
     Pixels,
     Synthesis,
-    draw_window,
     grey,
     optimize,
 )
+from lmc.patches import draw_window
 from lmc.priors import DiffusersPrior
 from lmc.schedule import FallingTime, UniformTime
 

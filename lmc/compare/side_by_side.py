@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
-from lmc.progress import PROGRESS, Progress, read_record
+from lmc.progress import NOTE, PROGRESS, Progress, read_record
 
 EVERY = 2.0  # seconds between looks at how far the trainings are
 TAIL = 15  # lines of a log that are shown of a training that failed
@@ -101,7 +101,7 @@ class Trainings:
             raise error
 
     def train(self, name: str, command: Sequence[str], log: Path) -> None:
-        """Run one training to its end; its output goes to the end of `log`.
+        """Run one training to its end; its output goes to the end of `log`, its notes here too.
 
         Raises:
             TrainingFailed: its exit status is not 0.
@@ -137,6 +137,8 @@ class Trainings:
                 for line in process.stdout:
                     file.write(line)
                     file.flush()
+                    if line.startswith(NOTE):
+                        print(f"{name}: {line}", end="", flush=True)
                 process.wait()
             finally:
                 process.terminate()  # where the log could not be written

@@ -36,6 +36,7 @@ from lmc.training.callbacks import (
 )
 from lmc.training.data import ImageData
 from lmc.training.resume import KeepConfig, check_changes
+from lmc.training.watch import Watch
 
 # What counts steps or processes, where it is given.
 COUNTS = (
@@ -170,6 +171,7 @@ class TrainingCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         made_with = About(run / "about.json")
         last = SaveLast(self.checkpoint, config["save_every"], config["keep"], made_with)
+        progress, best = ShowProgress(), SaveBest(self.checkpoint.with_name("best.ckpt"))
         environment = next((x for x in plugins if isinstance(x, ClusterEnvironment)), None)
         header = f"# lightning.pytorch=={lightning.__version__}\n"
         text = header + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
@@ -177,10 +179,11 @@ class TrainingCLI(LightningCLI):
         callbacks.callbacks += [
             processes.EndTogether(),
             CheckFinite(),
-            ShowProgress(),
+            progress,
             ValidateAtEnd(),
             last,
-            SaveBest(self.checkpoint.with_name("best.ckpt")),
+            best,
+            Watch(progress, best),
             made_with,
             KeepConfig(run / "config.yaml", text),
             processes.LeaveOnSignal(last.save, environment),

@@ -14,6 +14,7 @@ from lmc.errors import about, require
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.measure.evaluate import Prompts
 from lmc.measure.figures import labelled_grid
+from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
@@ -24,6 +25,7 @@ from lmc.translator import Translator
 from lmc.unet import Norm
 
 CORRECTOR = "model.loss.init_args.corrector"  # the key of the configuration that names it
+WINDOWS = 0x9E3779B9  # sets their random stream apart from the step's own
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,63 @@ class Ramp:
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
 
 
+@dataclass(frozen=True)
+class Patches:
+    """Random parts of some images for the loss to see, in place of the whole.
+
+    Of a whole image that is resized to a smaller prior's size, no gradient reaches what lies above
+    that size's frequencies: a 256² translator's finest detail stays what it was in the source. A
+    part of the image has it. A prior that knows whole things alone wears them down in small parts.
+
+    Attributes:
+        share: of the images that are seen in part, each drawn by itself, in [0, 1].
+        range: smallest and largest side of a patch in pixels of the translator's image, uniform
+            between; it is resized to the prior's size. None: from the prior's size, or the image's
+            if that is less, to the image's.
+        from_step: the first step with patches; before it all images are seen whole.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    share: float = 0.5
+    range: tuple[int, int] | None = None
+    from_step: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.share <= 1, "model.patches.share", "in [0, 1]", self.share)
+        require(self.from_step >= 0, "model.patches.from_step", "at least 0", self.from_step)
+        if self.range is not None:
+            ordered = 1 <= self.range[0] <= self.range[1]
+            require(ordered, "model.patches.range", "[least, most] in pixels", list(self.range))
+
+    def sides(self, size: int, image_size: int) -> tuple[int, int]:
+        """Smallest and largest side, for images of `size` and a prior of `image_size`.
+
+        Raises:
+            ValueError: they are larger than the images.
+        """
+        return sides(self.range, size, size, image_size, "model.patches.range")
+
+    def draw(
+        self, count: int, size: int, image_size: int, generator: torch.Generator
+    ) -> list[Window]:
+        """What the loss sees of each of `count` images, patch or whole; see also `sides`."""
+        low, high = self.sides(size, image_size)
+
+        def one() -> Window:
+            if torch.rand((), generator=generator) < self.share:
+                return draw_window(generator, size, size, low, high)
+            return 0, 0, size
+
+        return [one() for _ in range(count)]
+
+
 class TranslatorTraining(TrainingModule):
     """Trains the translator with `loss` plus L2 to the source. Defaults are the paper's.
 
-    total = score_weight · score + l2_weight · L2, both means over pixels and batch.
+    total = score_weight · score + l2_weight · L2, both means over pixels and batch. L2 is of the
+    whole images in any case; the score is of what `patches` lets the loss see.
 
     Args:
         prior: the frozen diffusion model.
@@ -63,6 +118,10 @@ class TranslatorTraining(TrainingModule):
         every_class: translate each image to all classes at once, with the same t and eps, in place
             of one drawn uniformly: what tells the classes apart is then free of that noise. The
             paper leaves the choice open. Multiplies the batch by the number of classes.
+        patches: parts of the images for the loss to see; None, as we read the paper: all images are
+            resized whole. The same part of output and source, and for all classes of an image.
+        l2_rescale: divide L2 by the guidance scale too, as the loss's `rescale` does the score: the
+            paper rescales 'the total loss'. By default the score alone.
         time: how t is drawn; None is the loss's own way: uniform in (0.02, 0.98), but for SDI.
         validation: what is measured and shown of the held-out images.
         seed: of classes, t and eps; follows seed_everything.
@@ -91,6 +150,8 @@ class TranslatorTraining(TrainingModule):
         optimizer: StepDecay = StepDecay(lr=5e-5, factor=0.9, every=50_000),  # noqa: B008
         ema_decay: float = 0.999,
         every_class: bool = False,
+        patches: Patches | None = None,
+        l2_rescale: bool = False,
         time: TimeSchedule | None = None,
         validation: Validation = Validation(),  # noqa: B008
         seed: int = 0,
@@ -113,7 +174,7 @@ class TranslatorTraining(TrainingModule):
         self.source, self.validation = source, validation
         if loss.negative_prompt is not None:
             self.prompts.append(loss.negative_prompt)
-        self.every_class = every_class
+        self.every_class, self.patches, self.l2_rescale = every_class, patches, l2_rescale
         self.score_weight, self.l2_weight = score_weight, l2_weight
 
     @property
@@ -141,13 +202,21 @@ class TranslatorTraining(TrainingModule):
         """See `TrainingModule`.
 
         Raises:
-            ValueError: a negative weight; model.image_size is not data.image_size; or the loss
-                refuses the prior.
+            ValueError: a negative weight; patches larger than the images; l2_rescale where the
+                loss is not rescaled; model.image_size is not data.image_size; or the loss refuses
+                the prior.
             OSError: model.validation.clip is the path of no folder, or of one without a CLIP.
         """
         for name in ("score_weight", "l2_weight"):
             for part, value in vars(getattr(self, name)).items():
                 require(0 <= value < math.inf, f"model.{name}.{part}", "at least 0", value)
+        if self.patches is not None:
+            self.patches.sides(self.image_size, self.prior.image_size)
+        if self.l2_rescale and not self.loss.rescale:
+            raise ValueError(
+                "model.l2_rescale divides L2 by the guidance scale as well: set the loss's own "
+                "option rescale to true, or leave out model.l2_rescale"
+            )
         if data.image_size not in (None, self.image_size):
             raise ValueError(
                 f"model.image_size {self.image_size} and data.image_size {data.image_size} differ: "
@@ -200,12 +269,13 @@ class TranslatorTraining(TrainingModule):
                 classes, (len(image),), generator=generator, device=self.device
             )
         output = self.network(image, class_id).float()
-        z = self.prior.encode(resize(output, self.prior.image_size)).float()
+        windows = self.windows(len(batch.image), repeats, generator)
+        z = self.view(output, windows)
         t, eps = self.draw(z.detach()[::repeats], generator, repeats)
         z_source = None
         if self.loss.needs_source:
             with torch.no_grad():
-                z_source = self.prior.encode(resize(image, self.prior.image_size)).float()
+                z_source = self.view(image, windows)
         self.batches_done += 1
         zeros = torch.zeros_like(class_id)
         inputs = LossInputs(
@@ -230,6 +300,8 @@ class TranslatorTraining(TrainingModule):
         l2 = (output - image).square().mean()
         step = self.global_step
         score_weight, l2_weight = self.score_weight(step), self.l2_weight(step)
+        if self.l2_rescale:
+            l2_weight /= self.loss.guidance_scale
         self.log("train/l2", l2)
         self.log("train/score_weight", score_weight)
         self.log("train/l2_weight", l2_weight)
@@ -239,6 +311,23 @@ class TranslatorTraining(TrainingModule):
         for name, term in gradient.terms.items():
             self.log_by_time(f"gradient_{name}", term.square().mean((1, 2, 3)).sqrt(), t)
         return score_weight * score + l2_weight * l2
+
+    def windows(self, count: int, repeats: int, generator: torch.Generator) -> list[Window] | None:
+        """What the loss sees of `count` images, each `repeats` times; None: all of them, whole."""
+        if self.patches is None or self.global_step < self.patches.from_step:
+            return None
+        # Of the step's seed, but on the CPU, where the numbers are needed: nothing waits for them,
+        # and they are the same on every device. There only a seed's lower 32 bits matter.
+        own = torch.Generator().manual_seed(generator.initial_seed() ^ WINDOWS)
+        drawn = self.patches.draw(count, self.image_size, self.prior.image_size, own)
+        return [window for window in drawn for _ in range(repeats)]
+
+    def view(self, image: Tensor, windows: list[Window] | None) -> Tensor:
+        """z of images (B, 3, S, S), or of a part of each: float32 (B, C, H, W) of the prior."""
+        size = self.prior.image_size
+        if windows is None:
+            return self.prior.encode(resize(image, size)).float()
+        return self.prior.encode(crop(image, range(len(image)), windows, size)).float()
 
     def draw(self, z: Tensor, generator: torch.Generator, repeats: int) -> tuple[Tensor, Tensor]:
         """t and eps for each of z (B, C, H, W), each `repeats` times: (B repeats, …)."""

@@ -789,6 +789,13 @@ def test_the_log_of_a_retry_keeps_what_was_there(tmp_path):
     assert log.read_text() == f"one\n{AGAIN}{AGAIN}three\n"
 
 
+def test_a_training_s_notes_are_shown_at_once(tmp_path, capfd):
+    source = f"print('step 1/2'); print({lmc.progress.NOTE!r} + '2: it runs away'); print('end')"
+    Trainings({"a": 1}, {"a": 1.0}).train("a seed 0", python(source), tmp_path / "log")
+    assert capfd.readouterr().out == "a seed 0: note at step 2: it runs away\n"
+    assert "note at step 2: it runs away" in (tmp_path / "log").read_text()
+
+
 def test_the_module_says_how_it_is_used():
     for given in ([], ["fit"]):
         with pytest.raises(SystemExit, match=r"python -m lmc\.training \{bias,translator\}"):

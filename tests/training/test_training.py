@@ -182,6 +182,21 @@ def test_every_class_gives_each_image_to_all_with_one_noise(
     assert torch.equal(text[0], text[2]) and not torch.equal(text[0], text[1])
 
 
+def test_l2_rescaled_is_l2_over_the_guidance_scale(tiny_prior_folder, data, tmp_path):
+    """By 4, which is exact."""
+
+    def weights(name: str, weight: float, *more: str) -> dict:
+        args = worlds.translator_args(tiny_prior_folder, data, tmp_path / name, "SDS", *more)
+        args += [f"--model.l2_weight={{start: {weight}, end: {weight}}}"]
+        train_translator.main([*args, "--model.loss.init_args.guidance_scale=4"])
+        return last(tmp_path / name)["state_dict"]
+
+    rescaled = weights("rescaled", 2.0, "--model.l2_rescale=true")
+    assert_same(rescaled, weights("quarter", 0.5))
+    with pytest.raises(AssertionError):
+        assert_same(rescaled, weights("whole", 2.0))
+
+
 def test_stage_one_logs_losses_pictures_and_spectra(tiny_prior_folder, data, tmp_path):
     train_bias.main(worlds.bias_args(tiny_prior_folder, data, tmp_path))
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()
