@@ -17,6 +17,7 @@ def evaluate(
     translator: list[str] | None = None,
     images: list[str] | None = None,
     real: str | None = None,
+    truth: Path | None = None,
     clip: str = "openai/clip-vit-base-patch16",
     classes: list[str] | None = None,
     source: str = "cat",
@@ -41,8 +42,10 @@ def evaluate(
         translator: run folders, releases or hub ids; a row of the table each, by the folder's name.
         images: folders of images made already, DIR/CLASS/KEY.png of the held-out image KEY; a row
             each.
-        real: real images of the target classes for KID and FID: DIR/CLASS/*.png, or shards with the
-            class as label.
+        real: real images of the target classes for KID, FID and CMMD: DIR/CLASS/*.png, or shards
+            with the class as label.
+        truth: true counterparts of the held-out images, which the outputs are measured against:
+            DIR/CLASS/KEY.png.
         clip: folder or hub id.
         classes: targets to measure; default the first row's.
         source: class of the held-out images.
@@ -81,7 +84,7 @@ def evaluate(
 
     from lmc.files import write_json
     from lmc.load import load_translator
-    from lmc.measure.evaluate import Folder, Tools, heldout_keys, real_features, translated
+    from lmc.measure.evaluate import Folder, Tools, Truth, heldout_keys, real_features, translated
     from lmc.measure.evaluate import evaluate as measure
     from lmc.measure.results import combine, read_result
     from lmc.measure.tables import evaluation_text
@@ -102,6 +105,7 @@ def evaluate(
     size = _image_size(translators, folders)
     classes = classes or _classes(translators, folders)
     _check_classes(translators, classes)
+    true = Truth(truth, classes, size) if truth else None
     prompts = _prompts(prompt, source, candidates, classes)
     rank, world_size = _join_processes()
 
@@ -116,15 +120,17 @@ def evaluate(
         return DataLoader(stream, batch_size=None, num_workers=num_workers)
 
     keys, skipped = heldout_keys(read(0, 1))
+    if true is not None:
+        true.check_has(classes, keys, "true counterpart")
     notes = []
     for name, folder in folders.items():
         folder.check(classes, keys, skipped)
         more = sorted(folder.files.keys() - set(classes))
         notes += [f"{name}: its folder {each} is of no class that is measured" for each in more]
     real_images = _real(real, classes, size, batch_size, rank, world_size)
-    tools = Tools.load(clip, size, real_images is not None, device, offline)
+    tools = Tools.load(clip, size, real_images is not None, device, offline, true)
     features = None
-    if real_images is not None and tools.inception is not None:
+    if real_images is not None and (tools.inception or tools.clip):
         features = real_features(real_images, tools, classes, device)
     mine, rows = len(range(rank, len(keys), world_size)), 1 + len(names)
     with Progress("evaluating", mine * rows, "images", quiet=rank > 0) as progress:
@@ -154,6 +160,8 @@ def evaluate(
         return
     for name, path in paths.items():
         result["rows"][name]["path"] = path
+    if truth is not None:
+        result["truth"]["path"] = str(truth)
     result["left_out"] += notes
     result["heldout"] = {"shards": shards, "image_size": size, **result["heldout"]}
     result["seconds"] = round(time.monotonic() - began, 1)
