@@ -84,7 +84,15 @@ def evaluate(
 
     from lmc.files import write_json
     from lmc.load import load_translator
-    from lmc.measure.evaluate import Folder, Tools, Truth, heldout_keys, real_features, translated
+    from lmc.measure.evaluate import (
+        Folder,
+        Tools,
+        Truth,
+        heldout_keys,
+        real_features,
+        real_images,
+        translated,
+    )
     from lmc.measure.evaluate import evaluate as measure
     from lmc.measure.results import combine, read_result
     from lmc.measure.tables import evaluation_text
@@ -127,11 +135,11 @@ def evaluate(
         folder.check(classes, keys, skipped)
         more = sorted(folder.files.keys() - set(classes))
         notes += [f"{name}: its folder {each} is of no class that is measured" for each in more]
-    real_images = _real(real, classes, size, batch_size, rank, world_size)
-    tools = Tools.load(clip, size, real_images is not None, device, offline, true)
+    real_batches = real_images(real, classes, size, batch_size, rank, world_size) if real else None
+    tools = Tools.load(clip, size, real_batches is not None, device, offline, true)
     features = None
-    if real_images is not None and (tools.inception or tools.clip):
-        features = real_features(real_images, tools, classes, device)
+    if real_batches is not None and (tools.inception or tools.clip):
+        features = real_features(real_batches, tools, classes, device)
     mine, rows = len(range(rank, len(keys), world_size)), 1 + len(names)
     with Progress("evaluating", mine * rows, "images", quiet=rank > 0) as progress:
         before: dict[str, int] = {}
@@ -236,27 +244,6 @@ def _prompts(
     targets = {name: prompt.format(name) for name in classes}
     default = [*targets.values(), prompt.format(source)]
     return Prompts(targets, candidates or list(dict.fromkeys(default)))
-
-
-def _real(
-    real: str | None, classes: Sequence[str], size: int, batch_size: int, rank: int, world_size: int
-) -> Iterable[Any] | None:
-    """Batches of the real images, if any were named, checked as far as that needs no network."""
-    if not real:
-        return None
-    if not Path(real).is_dir():
-        from lmc.shards.images import ImageStream
-
-        return ImageStream(real, size, batch_size, training=False, rank=rank, world_size=world_size)
-    from lmc.measure.evaluate import Folder
-
-    folder = Folder(Path(real))
-    missing = [name for name in classes if name not in folder.files]
-    if missing:
-        raise ValueError(f"{real} has no real images of {missing[0]!r} ({missing[0]}/*.png)")
-    if folder.size() != size:
-        raise ValueError(f"the real images in {real} have {folder.size()} pixels, not {size}")
-    return folder.batches(batch_size, rank, world_size)
 
 
 def _join_processes() -> tuple[int, int]:

@@ -32,7 +32,14 @@ from lmc.measure.metrics import (
 )
 from lmc.measure.results import Features, Measured, check_keys, merge, pixel_digest, result
 from lmc.shards.encoded import opened
-from lmc.shards.images import SUFFIXES, ImageBatch, decode_image, from_uint8, to_uint8
+from lmc.shards.images import (
+    SUFFIXES,
+    ImageBatch,
+    ImageStream,
+    decode_image,
+    from_uint8,
+    to_uint8,
+)
 from lmc.translator import Translator
 
 # (keys, sources (B, 3, S, S), class) to outputs (B, 3, S, S)
@@ -424,6 +431,37 @@ def from_all_processes(mine: T) -> list[T]:
     every: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(every, mine)
     return every
+
+
+def real_images(
+    real: str,
+    classes: Sequence[str],
+    size: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterable[ImageBatch]:
+    """This process's share of real images, with their class as label.
+
+    Args:
+        real: a folder DIR/CLASS/*.png, or shards.
+        classes: the target classes.
+        size: of the images that are measured, in pixels.
+        batch_size: images at a time.
+        rank, world_size: which share of how many.
+
+    Raises:
+        ValueError: a folder without one of the classes, or of images of another size.
+    """
+    if not Path(real).is_dir():
+        return ImageStream(real, size, batch_size, training=False, rank=rank, world_size=world_size)
+    folder = Folder(Path(real))
+    missing = [name for name in classes if name not in folder.files]
+    if missing:
+        raise ValueError(f"{real} has no real images of {missing[0]!r} ({missing[0]}/*.png)")
+    if folder.size() != size:
+        raise ValueError(f"the real images in {real} have {folder.size()} pixels, not {size}")
+    return folder.batches(batch_size, rank, world_size)
 
 
 @torch.no_grad()
