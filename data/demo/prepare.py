@@ -1,4 +1,4 @@
-"""Draw the demo world into webdataset shards: all nine animals for stage one, cats for stage two.
+"""Draw the demo world: animals for stage one, cats for stage two, and what these should become.
 
 Three in four of stage one's pictures are seen under coloured light of any exposure. The corrector
 must be right wherever a translator may go, off the prior's manifold as well: OpenImages is that
@@ -8,7 +8,11 @@ then strengthens that cast, and translators drift towards violet.
     python data/demo/prepare.py --out runs/demo/data
 
 writes animals/ and cats/, each with train-*.tar, heldout-*.tar (the 5 % whose names have the
-smallest SHA-256) and index.json.
+smallest SHA-256) and index.json; and to measure with, none of it under coloured light:
+
+- truth/CLASS/KEY.png for each held-out cat KEY and each of the other animals: the same pose, light
+  and background, drawn as that animal. It is the translation that is wanted (`--truth`);
+- real/*.tar, shards of the other animals, none of them a cat's counterpart (`--real`).
 """
 
 import argparse
@@ -27,6 +31,9 @@ from lmc.shards.images import heldout_names, to_uint8, write_shard
 from animals import CLASSES, caption, draw
 
 SHARD = 500  # samples a shard
+TARGETS = [name for name in CLASSES if name != "cat"]
+# First seeds of the sets, far from each other's and those of the prior and CLIP.
+ANIMALS, CATS, REAL = 10_000_000, 20_000_000, 30_000_000
 Sample = tuple[str, bytes, str, dict[str, Any]]
 
 
@@ -71,6 +78,16 @@ def samples(
             yield name, encode(image), "png", about
 
 
+def named(
+    classes: list[str], count: int, first_seed: int
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """The names, class ids and seeds of `count` pictures of `classes`, evenly."""
+    class_ids = torch.tensor([CLASSES.index(classes[i % len(classes)]) for i in range(count)])
+    seeds = first_seed + torch.arange(count)
+    names = [f"{CLASSES[c]}-{s}" for c, s in zip(class_ids.tolist(), seeds.tolist(), strict=True)]
+    return names, class_ids, seeds
+
+
 def prepare(
     out: Path, classes: list[str], count: int, size: int, first_seed: int, light: bool = False
 ) -> None:
@@ -82,9 +99,7 @@ def prepare(
     start = time.time()
     for old in out.glob("*.tar"):  # of a larger set: a reader would take them for this one's
         old.unlink()
-    class_ids = torch.tensor([CLASSES.index(classes[i % len(classes)]) for i in range(count)])
-    seeds = first_seed + torch.arange(count)
-    names = [f"{CLASSES[c]}-{s}" for c, s in zip(class_ids.tolist(), seeds.tolist(), strict=True)]
+    names, class_ids, seeds = named(classes, count, first_seed)
     heldout = heldout_names(names)
     index: dict[str, Any] = {"classes": classes, "size": size, "licence": "Apache-2.0"}
     done = 0
@@ -105,15 +120,33 @@ def prepare(
     (out / "index.json").write_text(json.dumps(index, indent=1))
 
 
+def write_truth(out: Path, count: int, size: int, first_seed: int) -> None:
+    """Write the true counterparts of the cats held out of `count` as out/CLASS/KEY.png."""
+    for old in out.glob("*/*.png"):
+        old.unlink()
+    names, _, seeds = named(["cat"], count, first_seed)
+    heldout = heldout_names(names)
+    chosen = [i for i, name in enumerate(names) if name in heldout]
+    for target in TARGETS:
+        (out / target).mkdir(parents=True, exist_ok=True)
+        ids = torch.full((len(chosen),), CLASSES.index(target))
+        for i, image in zip(chosen, draw(ids, seeds[chosen], size), strict=True):
+            (out / target / f"{names[i]}.png").write_bytes(encode(image))
+    print(f"{out.name}: {len(chosen)} cats as each of {', '.join(TARGETS)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--count", type=int, default=3000, help="pictures in each of the two sets")
+    parser.add_argument("--size", type=int, default=32, help="side in pixels")
+    parser.add_argument("--count", type=int, default=3000, help="of the animals, and of the cats")
+    parser.add_argument("--real", type=int, default=100, help="pictures of each other animal")
     args = parser.parse_args()
-    animals = args.out / "animals"
-    prepare(animals, list(CLASSES), args.count, args.size, first_seed=10_000_000, light=True)
-    prepare(args.out / "cats", ["cat"], args.count, args.size, first_seed=20_000_000)
+    out, size = args.out, args.size
+    prepare(out / "animals", list(CLASSES), args.count, size, ANIMALS, light=True)
+    write_truth(out / "truth", args.count, size, CATS)
+    prepare(out / "real", TARGETS, args.real * len(TARGETS), size, REAL)
+    prepare(out / "cats", ["cat"], args.count, size, CATS)
 
 
 if __name__ == "__main__":

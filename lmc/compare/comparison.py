@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lmc.compare.checks import check, claim, configure, embed
-from lmc.compare.measured import draw, measure_run, not_measured, row_of
+from lmc.compare.measured import draw, measure_run, not_measured, references, row_of
 from lmc.compare.runs import recorded, run_of, train_all
 from lmc.configs import parse_seeds
 from lmc.device import choose_device
@@ -27,6 +27,8 @@ def compare(
     seeds: list[int] | int | str | None = None,
     out: Path | None = None,
     clip: str = "openai/clip-vit-base-patch16",
+    truth: Path | None = None,
+    real: str | None = None,
     jobs: int = 1,
     overrides: list[str] | None = None,
     device: str = "auto",
@@ -45,6 +47,9 @@ def compare(
         seeds: each loss once with each; default the configuration's seed_everything.
         out: folder to write; default runs/compare/ and the name of the first configuration.
         clip: that measures, folder or hub id.
+        truth: true counterparts of the held-out images, to measure against: DIR/CLASS/KEY.png.
+        real: real images of the target classes, for CMMD: DIR/CLASS/*.png, or shards with the class
+            as label.
         jobs: trainings side by side; each has GPUs of its own, where there are as many.
         overrides: options of every training in place of the configuration's; they may also stand
             at the end, after --: such as -- --trainer.max_steps=100.
@@ -67,6 +72,7 @@ def compare(
     numbers = parse_seeds((own if type(own) is int else 0) if seeds is None else seeds)
     checked = check(configs)
     model = Clip(clip, device)
+    beside = references(truth, real, model, common, device)
     embed(checked)
     noted = claim(out, configs, checked)
     named = [run_of(out, spec, seed, configs[spec.label]) for spec in specs for seed in numbers]
@@ -75,7 +81,7 @@ def compare(
     except KeyboardInterrupt:
         sys.exit("lmc: stopped; the same command goes on")
     runs = recorded(out, noted, common, named)
-    measure = partial(measure_run, clip=model, config=common, device=device)
+    measure = partial(measure_run, clip=model, config=common, device=device, beside=beside)
     source = measure(None, out / "source", "the source images")
     by_loss: dict[str, dict[str, Any]] = {run.spec.label: {} for run in runs}
     for run in runs:

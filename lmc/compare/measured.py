@@ -1,7 +1,9 @@
 """What is measured of a comparison's trainings, and their picture."""
 
+import hashlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,80 @@ from torch.utils.data import DataLoader
 from lmc.compare.runs import Run, steps_done
 from lmc.files import read_json, whole, write_json
 from lmc.load import load_averaged
-from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
+from lmc.measure.evaluate import (
+    Folder,
+    Prompts,
+    Tools,
+    Truth,
+    evaluate,
+    heldout_keys,
+    real_features,
+    real_images,
+    translated,
+)
 from lmc.measure.figures import labelled_grid
 from lmc.measure.metrics import Clip, distances
-from lmc.measure.results import VERSION, numbers
+from lmc.measure.results import VERSION, Features, numbers
 from lmc.shards.images import ImageStream
+from lmc.shards.stream import expand_shards
 from lmc.translator import Translator
 
 BATCH, PICTURES = 50, 10  # held-out images at a time, and in the picture
+
+
+@dataclass(frozen=True)
+class References:
+    """What the outputs are measured against beside their sources.
+
+    Attributes:
+        truth: the true counterparts of the held-out images, if there are any.
+        real: CLIP's features of real images of the targets, if there are any.
+        about: what tells them from others, 'truth' and 'real', of those there are.
+    """
+
+    truth: Truth | None = None
+    real: Features | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+def references(
+    truth: Path | None, real: str | None, clip: Clip, config: Mapping[str, Any], device: str
+) -> References:
+    """What is named with `--truth` and `--real`, checked and read.
+
+    Raises:
+        OSError, ValueError: see `Truth`, `Folder.check_has`, `real_images`, `real_features`.
+    """
+    classes, data = config["model"]["classes"], config["data"]
+    size = data["image_size"]
+    about: dict[str, str] = {}
+    true = None
+    if truth is not None:
+        true = Truth(truth, classes, size)
+        stream = ImageStream(data["heldout"], size, BATCH, training=False)
+        true.check_has(classes, heldout_keys(stream)[0], "true counterpart")
+        about["truth"] = _stamp(_files(true))
+    features = None
+    if real is not None:
+        batches = real_images(real, classes, size, BATCH)
+        features = real_features(batches, Tools({}, clip), classes, device)
+        about["real"] = _stamp(
+            _files(Folder(Path(real))) if Path(real).is_dir() else expand_shards(real)
+        )
+    return References(true, features, about)
+
+
+def _files(folder: Folder) -> list[str]:
+    return [str(file) for each in folder.files.values() for file in each.values()]
+
+
+def _stamp(files: Iterable[str]) -> str:
+    """What tells files from others, and from what they were, without reading them."""
+    lines = []
+    for file in files:
+        there = Path(file).stat() if Path(file).exists() else None  # or it is a URL
+        lines.append(f"{file} {there and (there.st_size, there.st_mtime_ns)}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def measure_run(
@@ -28,16 +96,18 @@ def measure_run(
     clip: Clip,
     config: Mapping[str, Any],
     device: str,
+    beside: References = References(),
 ) -> dict[str, Any]:
     """The numbers of a run's averaged weights, or of none; the whole result is kept in `folder`."""
     file = folder / "evaluation.json"
     model, data = config["model"], config["data"]
-    tools = Tools(distances(data["image_size"]), clip)
+    tools = Tools(distances(data["image_size"]), clip, truth=beside.truth)
     row = "source" if run is None else name
     about: dict[str, Any] = {
         "version": VERSION,
         "clip": clip.name,
         "distances": list(tools.distances),
+        **beside.about,
     }
     if run is not None:
         checkpoint = (run / "checkpoints" / "last.ckpt").stat()
@@ -54,7 +124,10 @@ def measure_run(
         tools,
         Prompts(targets, [*targets.values(), model["prompt"].format(model["source"])]),
         device,
+        real=beside.real,
     )
+    if beside.truth is not None:
+        measured["truth"]["path"] = str(beside.truth.path)
     write_json(file, {"of": about, "measured": measured})
     print(f"measured {name}: {measured['heldout']['count']} images")
     return numbers(measured["rows"][row])

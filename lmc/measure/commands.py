@@ -17,6 +17,7 @@ def evaluate(
     translator: list[str] | None = None,
     images: list[str] | None = None,
     real: str | None = None,
+    truth: Path | None = None,
     clip: str = "openai/clip-vit-base-patch16",
     classes: list[str] | None = None,
     source: str = "cat",
@@ -41,8 +42,10 @@ def evaluate(
         translator: run folders, releases or hub ids; a row of the table each, by the folder's name.
         images: folders of images made already, DIR/CLASS/KEY.png of the held-out image KEY; a row
             each.
-        real: real images of the target classes for KID and FID: DIR/CLASS/*.png, or shards with the
-            class as label.
+        real: real images of the target classes for KID, FID and CMMD: DIR/CLASS/*.png, or shards
+            with the class as label.
+        truth: true counterparts of the held-out images, which the outputs are measured against:
+            DIR/CLASS/KEY.png.
         clip: folder or hub id.
         classes: targets to measure; default the first row's.
         source: class of the held-out images.
@@ -81,7 +84,15 @@ def evaluate(
 
     from lmc.files import write_json
     from lmc.load import load_translator
-    from lmc.measure.evaluate import Folder, Tools, heldout_keys, real_features, translated
+    from lmc.measure.evaluate import (
+        Folder,
+        Tools,
+        Truth,
+        heldout_keys,
+        real_features,
+        real_images,
+        translated,
+    )
     from lmc.measure.evaluate import evaluate as measure
     from lmc.measure.results import combine, read_result
     from lmc.measure.tables import evaluation_text
@@ -102,6 +113,7 @@ def evaluate(
     size = _image_size(translators, folders)
     classes = classes or _classes(translators, folders)
     _check_classes(translators, classes)
+    true = Truth(truth, classes, size) if truth else None
     prompts = _prompts(prompt, source, candidates, classes)
     rank, world_size = _join_processes()
 
@@ -116,16 +128,18 @@ def evaluate(
         return DataLoader(stream, batch_size=None, num_workers=num_workers)
 
     keys, skipped = heldout_keys(read(0, 1))
+    if true is not None:
+        true.check_has(classes, keys, "true counterpart")
     notes = []
     for name, folder in folders.items():
         folder.check(classes, keys, skipped)
         more = sorted(folder.files.keys() - set(classes))
         notes += [f"{name}: its folder {each} is of no class that is measured" for each in more]
-    real_images = _real(real, classes, size, batch_size, rank, world_size)
-    tools = Tools.load(clip, size, real_images is not None, device, offline)
+    real_batches = real_images(real, classes, size, batch_size, rank, world_size) if real else None
+    tools = Tools.load(clip, size, real_batches is not None, device, offline, true)
     features = None
-    if real_images is not None and tools.inception is not None:
-        features = real_features(real_images, tools, classes, device)
+    if real_batches is not None and (tools.inception or tools.clip):
+        features = real_features(real_batches, tools, classes, device)
     mine, rows = len(range(rank, len(keys), world_size)), 1 + len(names)
     with Progress("evaluating", mine * rows, "images", quiet=rank > 0) as progress:
         before: dict[str, int] = {}
@@ -154,6 +168,8 @@ def evaluate(
         return
     for name, path in paths.items():
         result["rows"][name]["path"] = path
+    if truth is not None:
+        result["truth"]["path"] = str(truth)
     result["left_out"] += notes
     result["heldout"] = {"shards": shards, "image_size": size, **result["heldout"]}
     result["seconds"] = round(time.monotonic() - began, 1)
@@ -228,27 +244,6 @@ def _prompts(
     targets = {name: prompt.format(name) for name in classes}
     default = [*targets.values(), prompt.format(source)]
     return Prompts(targets, candidates or list(dict.fromkeys(default)))
-
-
-def _real(
-    real: str | None, classes: Sequence[str], size: int, batch_size: int, rank: int, world_size: int
-) -> Iterable[Any] | None:
-    """Batches of the real images, if any were named, checked as far as that needs no network."""
-    if not real:
-        return None
-    if not Path(real).is_dir():
-        from lmc.shards.images import ImageStream
-
-        return ImageStream(real, size, batch_size, training=False, rank=rank, world_size=world_size)
-    from lmc.measure.evaluate import Folder
-
-    folder = Folder(Path(real))
-    missing = [name for name in classes if name not in folder.files]
-    if missing:
-        raise ValueError(f"{real} has no real images of {missing[0]!r} ({missing[0]}/*.png)")
-    if folder.size() != size:
-        raise ValueError(f"the real images in {real} have {folder.size()} pixels, not {size}")
-    return folder.batches(batch_size, rank, world_size)
 
 
 def _join_processes() -> tuple[int, int]:

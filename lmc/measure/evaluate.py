@@ -30,9 +30,16 @@ from lmc.measure.metrics import (
     saturation,
     winners,
 )
-from lmc.measure.results import Measured, check_keys, merge, pixel_digest, result
+from lmc.measure.results import Features, Measured, check_keys, merge, pixel_digest, result
 from lmc.shards.encoded import opened
-from lmc.shards.images import SUFFIXES, ImageBatch, decode_image, from_uint8, to_uint8
+from lmc.shards.images import (
+    SUFFIXES,
+    ImageBatch,
+    ImageStream,
+    decode_image,
+    from_uint8,
+    to_uint8,
+)
 from lmc.translator import Translator
 
 # (keys, sources (B, 3, S, S), class) to outputs (B, 3, S, S)
@@ -81,32 +88,41 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Tools:
-    """The networks that measure.
+    """What measures: networks, and pictures to measure against.
 
     Attributes:
-        distances: to the source, by name, the main one first.
+        distances: to the source, and to the true counterpart, by name, the main one first.
         clip: None leaves CLIP's measures out.
         inception: see `load_inception`; None leaves KID and FID out.
         left_out: a line for each measure that is left out: why, and what would change that.
+        truth: the sources' true counterparts, of 8 bits; None leaves the measures against them out.
     """
 
     distances: Mapping[str, Distance]
     clip: Clip | None = None
     inception: Callable[[Tensor], Tensor] | None = None
     left_out: Sequence[str] = ()
+    truth: Outputs | None = None
 
     @classmethod
     def load(
-        cls, clip: str, image_size: int, sets: bool, device: str = "cpu", offline: bool = False
+        cls,
+        clip: str,
+        image_size: int,
+        sets: bool,
+        device: str = "cpu",
+        offline: bool = False,
+        truth: Outputs | None = None,
     ) -> "Tools":
         """All that can be had here.
 
         Args:
             clip: folder or hub id.
             image_size: of the images that will be measured.
-            sets: whether KID and FID are wanted.
+            sets: whether KID, FID and CMMD are wanted.
             device: where the networks run.
             offline: take weights from the disk only.
+            truth: as the attribute.
 
         Raises:
             OSError, ValueError: weights that are there and cannot be read.
@@ -126,9 +142,10 @@ class Tools:
             left_out.append(f"lpips left out: the images have {image_size} pixels, {least}")
         elif lpips := tried("lpips", lambda: load_lpips(offline)):
             found = {"lpips": lpips, **found}
-        model = tried("clip_score, r_precision", lambda: Clip(clip, device, offline))
+        of_clip = "clip_score, r_precision, cmmd" if sets else "clip_score, r_precision"
+        model = tried(of_clip, lambda: Clip(clip, device, offline))
         inception = tried("kid, fid", lambda: load_inception(device, offline)) if sets else None
-        return cls(found, model, inception, left_out)
+        return cls(found, model, inception, left_out, truth)
 
 
 def translated(translator: Translator) -> Outputs:
@@ -199,16 +216,32 @@ class Folder:
             ValueError: an image without source, or a source without image; how many, and one.
         """
         keys = set(keys)
+        self.check_has(classes, keys, "output")
         broken = {line.split(" in ", 1)[0] for line in skipped}
         for name in classes:
-            there = self.files.get(name, {}).keys()
-            where = f"{self.path}/{name}"
-            for those, what in (
-                (keys - there, f"held-out images have no output in {where}"),
-                (there - keys - broken, f"images in {where} have no held-out source"),
-            ):
-                if those:
-                    raise ValueError(f"{len(those)} {what}, such as {min(those)}")
+            if more := self.files[name].keys() - keys - broken:
+                where = f"{self.path}/{name}"
+                raise ValueError(
+                    f"{len(more)} images in {where} have no held-out source, such as {min(more)}"
+                )
+
+    def check_has(self, classes: Sequence[str], keys: Iterable[str], what: str) -> None:
+        """Whether there is an image for each source and class; there may be others.
+
+        Args:
+            classes: the target classes.
+            keys: of the sources.
+            what: the images are, for the error.
+
+        Raises:
+            ValueError: a source without image; how many, and one.
+        """
+        for name in classes:
+            if missing := set(keys) - self.files.get(name, {}).keys():
+                raise ValueError(
+                    f"{len(missing)} held-out images have no {what} in {self.path}/{name}, such as "
+                    f"{min(missing)}"
+                )
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[ImageBatch]:
         """This process's share of the images, each once, with the class as label."""
@@ -224,6 +257,35 @@ class Folder:
         """The outputs for some sources, as `Outputs`."""
         files = [self.files[name][key] for key in keys]
         return torch.stack([decode_image(x.read_bytes(), str(x)) for x in files]).to(source.device)
+
+
+class Truth(Folder):
+    """True counterparts of held-out images: FOLDER/CLASS/KEY.png; what else is there is not read.
+
+    Args:
+        path: the folder.
+        classes: the target classes.
+        image_size: of the held-out images in pixels.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a class is not there, or see `Folder` and `Folder.size`.
+    """
+
+    def __init__(self, path: Path, classes: Sequence[str], image_size: int) -> None:
+        if not path.is_dir():
+            raise FileNotFoundError(f"no such folder of true counterparts: {path}")
+        super().__init__(path)
+        for name in classes:
+            if name not in self.files:
+                raise ValueError(
+                    f"{path} has no true counterparts of class {name!r} ({name}/*.png)"
+                )
+        self.files = {name: self.files[name] for name in classes}
+        if (size := self.size()) != image_size:
+            raise ValueError(
+                f"the true counterparts in {path} have {size} pixels, not {image_size}"
+            )
 
 
 def heldout_keys(batches: Iterable[ImageBatch]) -> tuple[list[str], list[str]]:
@@ -269,17 +331,24 @@ def measure_batch(
     Raises:
         ValueError: an output is not finite, or not of its source's size.
     """
-    source = batch.image.to(device)
+    image = source = batch.image.to(device)
     columns = []
+    truths: list[Tensor] = []
     seen = None if outputs is not None else observe(source, source, tools, texts)
     for target, prompt in prompts.targets.items():
         if outputs is not None:
             made = outputs(batch.key, source, target)
             _check_output(name, made, source, batch.key, target)
             # As a PNG would keep it, so that a folder of PNGs measures the same.
-            seen = observe(from_uint8(to_uint8(made)), source, tools, texts)
+            image = from_uint8(to_uint8(made))
+            seen = observe(image, source, tools, texts)
         assert seen is not None
         columns.append(dict(seen))
+        if tools.truth is not None:
+            truth = tools.truth(batch.key, source, target)
+            _check_output("the truth", truth, source, batch.key, target)
+            columns[-1] |= against_truth(image, truth, tools)
+            truths.append(to_uint8(truth).cpu())
         if texts is not None:
             table = columns[-1].pop("cosines")
             score = table[:, prompts.candidates.index(prompt)]
@@ -293,13 +362,17 @@ def measure_batch(
     arrays = {
         key: torch.stack([x[key].cpu().double() for x in columns], 1).numpy() for key in columns[0]
     }
+    pixels = torch.stack(truths, 1).numpy() if truths else None
     return Measured(
         list(batch.key),
         [pixel_digest(x) for x in to_uint8(batch.image).cpu().numpy()],
         spectra=arrays.pop("spectra"),
         counts=arrays.pop("counts"),
         winners=arrays.pop("winners", None),
-        features=arrays.pop("features", None),
+        features={net: arrays.pop(net) for net in ("inception", "clip") if net in arrays},
+        truth_digests=None if pixels is None else [pixel_digest(x) for x in pixels],
+        truth_spectra=arrays.pop("truth_spectra", None),
+        truth_shifts=arrays.pop("truth_shifts", None),
         values=arrays,
         source_spectra=power_spectrum(source).cpu().double().numpy(),
         source_counts=derivative_counts(source).cpu().double().numpy(),
@@ -312,7 +385,7 @@ def observe(image: Tensor, source: Tensor, tools: Tools, texts: Tensor | None) -
     Args:
         image, source: (B, 3, S, S) in [-1, 1].
         tools: what measures, on their device.
-        texts: embeddings of the candidates, for their cosines; None leaves these out.
+        texts: embeddings of the candidates, for their cosines; None leaves out what is of CLIP.
     """
     seen = {name: distance(image, source) for name, distance in tools.distances.items()}
     seen["saturation"] = saturation(image)
@@ -321,9 +394,23 @@ def observe(image: Tensor, source: Tensor, tools: Tools, texts: Tensor | None) -
         seen[f"deviation_{channel}"] = image[:, i].std((1, 2), correction=0)
     seen |= {"spectra": power_spectrum(image), "counts": derivative_counts(image)}
     if tools.clip is not None and texts is not None:
-        seen["cosines"] = cosines(tools.clip.images(image), texts)
+        seen["clip"] = tools.clip.images(image)
+        seen["cosines"] = cosines(seen["clip"], texts)
     if tools.inception is not None:
-        seen["features"] = tools.inception(to_uint8(image))
+        seen["inception"] = tools.inception(to_uint8(image))
+    return seen
+
+
+def against_truth(image: Tensor, truth: Tensor, tools: Tools) -> dict[str, Tensor]:
+    """Outputs beside the true counterparts of their sources, by measure, (B, …) each.
+
+    Args:
+        image, truth: (B, 3, S, S) in [-1, 1].
+        tools: whose distances are measured, on their device.
+    """
+    seen = {f"truth_{name}": distance(image, truth) for name, distance in tools.distances.items()}
+    seen["truth_spectra"] = power_spectrum(truth)
+    seen["truth_shifts"] = image.mean((2, 3)) - truth.mean((2, 3))
     return seen
 
 
@@ -346,32 +433,71 @@ def from_all_processes(mine: T) -> list[T]:
     return every
 
 
+def real_images(
+    real: str,
+    classes: Sequence[str],
+    size: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterable[ImageBatch]:
+    """This process's share of real images, with their class as label.
+
+    Args:
+        real: a folder DIR/CLASS/*.png, or shards.
+        classes: the target classes.
+        size: of the images that are measured, in pixels.
+        batch_size: images at a time.
+        rank, world_size: which share of how many.
+
+    Raises:
+        ValueError: a folder without one of the classes, or of images of another size.
+    """
+    if not Path(real).is_dir():
+        return ImageStream(real, size, batch_size, training=False, rank=rank, world_size=world_size)
+    folder = Folder(Path(real))
+    missing = [name for name in classes if name not in folder.files]
+    if missing:
+        raise ValueError(f"{real} has no real images of {missing[0]!r} ({missing[0]}/*.png)")
+    if folder.size() != size:
+        raise ValueError(f"the real images in {real} have {folder.size()} pixels, not {size}")
+    return folder.batches(batch_size, rank, world_size)
+
+
 @torch.no_grad()
 def real_features(
     batches: Iterable[ImageBatch], tools: Tools, classes: Sequence[str], device: str = "cpu"
-) -> dict[str, Tensor]:
-    """Inception's features of real images of the target classes, by class, (N, D) each.
+) -> Features:
+    """Inception's and CLIP's features of real images of the target classes, (N, D) each.
 
     Args:
         batches: images, with their class as label; other classes' are passed over.
-        tools: with `inception`.
+        tools: with `inception`, `clip` or both.
         classes: the target classes.
         device: where to compute.
+
+    Returns:
+        By network, 'inception' and 'clip', and by class.
 
     Raises:
         ValueError: fewer than two images of a class, or one that cannot be read.
     """
-    assert tools.inception is not None
-    mine: list[tuple[str, str, Tensor]] = []
+    networks: dict[str, Callable[[Tensor], Tensor]] = {}
+    if tools.inception is not None:
+        networks["inception"] = tools.inception
+    if (clip := tools.clip) is not None:
+        networks["clip"] = lambda pixels: clip.images(from_uint8(pixels)).cpu()
+    mine: list[tuple[str, str, dict[str, Tensor]]] = []
     for batch in batches:
         if batch.skipped:
             raise ValueError(f"a real image cannot be read: {batch.skipped[0]}")
         if not set(batch.label) & set(classes):
             continue
-        features = tools.inception(to_uint8(batch.image).to(device))
+        pixels = to_uint8(batch.image).to(device)
+        features = {name: network(pixels) for name, network in networks.items()}
         mine += [
-            (label, key, feature)
-            for label, key, feature in zip(batch.label, batch.key, features, strict=True)
+            (label, key, {name: each[i] for name, each in features.items()})
+            for i, (label, key) in enumerate(zip(batch.label, batch.key, strict=True))
             if label in classes
         ]
     every = sorted(itertools.chain.from_iterable(from_all_processes(mine)), key=lambda x: x[:2])
@@ -379,7 +505,12 @@ def real_features(
     for name, several in found.items():
         if len(several) < 2:
             raise ValueError(f"{len(several)} real images of the class {name!r}; two are needed")
-    return {name: torch.stack(several) for name, several in found.items()}
+    return {
+        network: {
+            name: torch.stack([x[network] for x in several]) for name, several in found.items()
+        }
+        for network in networks
+    }
 
 
 @torch.no_grad()
@@ -390,7 +521,7 @@ def evaluate(
     prompts: Prompts,
     device: torch.device | str = "cpu",
     against: str | None = None,
-    real: Mapping[str, Tensor] | None = None,
+    real: Features | None = None,
     watch: Callable[[str, int], None] = lambda row, images: None,
 ) -> dict[str, Any]:
     """Every held-out image to every target class by every row, measured.
@@ -404,7 +535,7 @@ def evaluate(
         prompts: of the classes, and those that compete.
         device: where to compute.
         against: the row that the others are compared with; default the first that is not None.
-        real: see `real_features`; KID and FID are measured with it.
+        real: see `real_features`; KID, FID and CMMD are measured with it.
         watch: told the row and the images done, after each batch.
 
     Returns:
@@ -439,7 +570,7 @@ def evaluate(
         "candidates": list(prompts.candidates),
         "clip": tools.clip.name if tools.clip else None,
         "distance": next(iter(tools.distances)),
-        "real": {name: len(x) for name, x in real.items()} if real else None,
+        "real": {name: len(x) for name, x in next(iter(real.values())).items()} if real else None,
     }
     return result(measured, settings, against, excluded, tools.left_out, real)
 

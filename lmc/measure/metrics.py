@@ -74,7 +74,9 @@ def power_spectrum(image: Tensor) -> Tensor:
 def spectrum_error(spectrum: Tensor, source: Tensor) -> Tensor:
     """Mean over frequencies of |log10(spectrum / source)|; (…, F) each to (…). 0 is equal.
 
-    The sum of `spectrum_lost` and `spectrum_gained`.
+    The sum of `spectrum_lost` and `spectrum_gained`. Biased upwards, as both are, where the two are
+    averages over pictures that do not derive from each other: chance alone takes each frequency to
+    one side, by about 1 / √N of N pictures, and the absolute value keeps it (docs/evaluation.md).
     """
     return _decades(spectrum, source).abs().mean(-1)
 
@@ -214,6 +216,44 @@ def kid(real: Tensor, made: Tensor) -> tuple[float, float]:
         verbose=False,
     )
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+
+
+def cmmd(x: Tensor, y: Tensor, sigma: float = 10.0) -> float:
+    """CMMD [Jayasumana et al. 2024]: 1,000 × MMD² of two sets of CLIP's embeddings of images.
+
+    MMD² = E k(x, x') + E k(y, y') − 2 E k(x, y), with k(a, b) = exp(−|a − b|² / 2σ²) of embeddings
+    of norm 1. σ and the factor are those of the authors' code, which takes the means over all
+    pairs, each picture with itself among them: biased upwards, by 1,000 (1 − mean k) / N of N
+    pictures. Here it is the unbiased estimate, of pairs of different pictures; it may be below 0.
+
+    At σ = 10 this is little more than a distance of means: of unit embeddings with the cosine c,
+    k = e^−0.01 (1 + c / 100 + c² / 20,000 + …), and of the term in c alone MMD² is
+    |mean x − mean y|² / 100. Second moments count 200 times less, so that sets of one mean that are
+    spread otherwise are hardly told apart; a σ of the embeddings' own distances does.
+
+    Args:
+        x, y: float (N, D) and (M, D), of any norm but 0; N, M ≥ 2.
+        sigma: of the kernel.
+    """
+    weights = torch.full((1, len(x)), 1 / len(x), dtype=torch.double, device=x.device)
+    return weighted_cmmd(x, y, weights, sigma).item()
+
+
+def weighted_cmmd(x: Tensor, y: Tensor, weights: Tensor, sigma: float = 10.0) -> Tensor:
+    """`cmmd` of weighted x, such as resamples of it: (R, N), rows of sum 1, to double (R,).
+
+    A picture that is drawn twice makes no pair with itself; one alone has no spread.
+    """
+    x, y, weights = F.normalize(x.double()), F.normalize(y.double()), weights.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return torch.expm1((a @ b.T - 1) / sigma**2)  # k − 1: the ones cancel, their digits do not
+
+    within = kernel(x, x).fill_diagonal_(0)
+    pairs = (1 - weights.square().sum(1)).clamp_min(1e-12)
+    mine = ((weights @ within) * weights).sum(1) / pairs
+    theirs = kernel(y, y).fill_diagonal_(0).sum() / (len(y) * (len(y) - 1))
+    return 1000 * (mine + theirs - 2 * (weights @ kernel(x, y)).mean(1))
 
 
 def kid_subset_size(real: int, made: int) -> int:

@@ -175,6 +175,20 @@ def result_plots(
         ("cycles per image", "power"),
         ("log", "log"),
     )
+    if truth := result.get("truth"):
+        theirs = truth["spectra"]["all"]
+        plots["Average power over the true counterparts': below 1 is lost, above gained"] = _plot(
+            {
+                name: (
+                    range(1, len(y) + 1),
+                    [a / b if b else math.nan for a, b in zip(y, theirs, strict=True)],
+                )
+                for name, y in spectra.items()
+            },
+            series,
+            ("cycles per image", "power over the truth's"),
+            ("log", "log"),
+        )
     shares = {"source": source["histogram"]} | {n: rows[n]["histograms"]["all"] for n in names}
     plots["Histogram of vertical derivatives"] = _plot(
         {

@@ -209,7 +209,7 @@ def _blocks(result: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
 def _caption(values: Mapping[str, Any], name: str, i: int) -> str:
     """What was measured of the i-th output to a class."""
     parts = []
-    for measure in (*DISTANCES, "clip_score"):
+    for measure in (*DISTANCES, *(f"truth_{name}" for name in DISTANCES), "clip_score"):
         if measure in values:
             head, form = MEASURES[measure]
             parts.append(f"{head.partition(' (')[0]} {values[measure][name][i]:{form}}")

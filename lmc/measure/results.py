@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lmc.measure.metrics import (
     spectrum_error,
     spectrum_gained,
     spectrum_lost,
+    weighted_cmmd,
 )
 
 FORMAT, VERSION = "lmc evaluation", 1
@@ -37,6 +38,7 @@ SPECTRAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "spectrum_lost": spectrum_lost,
     "spectrum_gained": spectrum_gained,
 }
+Features = Mapping[str, Mapping[str, Tensor]]  # by network and class, (M, D)
 COMPARABLE = ("classes", "prompts", "candidates", "clip", "distance")  # settings that must agree
 
 
@@ -50,7 +52,11 @@ class Measured:
         spectra, counts: power spectra (N, C, F), counts of derivatives (N, C, bins).
         source_spectra, source_counts: the same of the sources, (N, F), (N, bins).
         winners: (N, C) index of the first-ranked candidate, −1 a tie; or None.
-        features: Inception's, (N, C, D); or None.
+        features: by network, 'inception' and 'clip', (N, C, D); of those there are.
+        truth_digests: of the true counterparts: the SHA-256 of the pixels of all of a source's; or
+            None, with the two below.
+        truth_spectra: their power spectra, (N, C, F).
+        truth_shifts: the means of the outputs' channels minus those of theirs, (N, C, 3).
     """
 
     keys: list[str]
@@ -61,7 +67,10 @@ class Measured:
     source_spectra: Array
     source_counts: Array
     winners: Array | None = None
-    features: Array | None = None
+    features: Mapping[str, Array] = field(default_factory=dict)
+    truth_digests: list[str] | None = None
+    truth_spectra: Array | None = None
+    truth_shifts: Array | None = None
 
     def digest(self) -> str:
         """See `digest_of`, of the sources."""
@@ -96,17 +105,26 @@ def merge(parts: Sequence[Measured]) -> Measured:
     def join(each: Sequence[Any]) -> Any:
         return None if each[0] is None else np.concatenate(each)[order]
 
-    digests = [digest for part in parts for digest in part.digests]
+    def lists(each: Sequence[list[str]]) -> list[str]:
+        every = [one for part in each for one in part]
+        return [every[i] for i in order]
+
+    first = parts[0]
     return Measured(
         keys=[keys[i] for i in order],
-        digests=[digests[i] for i in order],
-        values={name: join([part.values[name] for part in parts]) for name in parts[0].values},
+        digests=lists([part.digests for part in parts]),
+        values={name: join([part.values[name] for part in parts]) for name in first.values},
         spectra=join([part.spectra for part in parts]),
         counts=join([part.counts for part in parts]),
         source_spectra=join([part.source_spectra for part in parts]),
         source_counts=join([part.source_counts for part in parts]),
         winners=join([part.winners for part in parts]),
-        features=join([part.features for part in parts]),
+        features={name: join([part.features[name] for part in parts]) for name in first.features},
+        truth_digests=None
+        if first.truth_digests is None
+        else lists([part.truth_digests or [] for part in parts]),
+        truth_spectra=join([part.truth_spectra for part in parts]),
+        truth_shifts=join([part.truth_shifts for part in parts]),
     )
 
 
@@ -127,12 +145,15 @@ def check_keys(keys: Sequence[str]) -> None:
 # Statistics
 
 
-def statistics(measured: Measured, weights: Array) -> dict[str, Array]:
+def statistics(
+    measured: Measured, weights: Array, real: Features | None = None
+) -> dict[str, Array]:
     """Every measure that is a function of weighted images, under several weightings.
 
     Args:
         measured: of N images and C classes.
         weights: (R, N), rows of sum 1.
+        real: see `result`; CMMD is measured with it.
 
     Returns:
         By measure (R, 1 + C): over all classes, and of each.
@@ -140,7 +161,20 @@ def statistics(measured: Measured, weights: Array) -> dict[str, Array]:
     found = {name: averages(values, weights) for name, values in measured.values.items()}
     spectra = torch.from_numpy(averages(measured.spectra, weights))
     source = torch.from_numpy(weights @ measured.source_spectra)[:, None]
-    return found | {name: of(spectra, source).numpy() for name, of in SPECTRAL.items()}
+    found |= {name: of(spectra, source).numpy() for name, of in SPECTRAL.items()}
+    by_class = {}
+    if measured.truth_spectra is not None and measured.truth_shifts is not None:
+        mine, theirs = spectra[:, 1:], _by_class(measured.truth_spectra, weights)
+        by_class["truth_lost"] = spectrum_lost(mine, torch.from_numpy(theirs)).numpy()
+        by_class["truth_gained"] = spectrum_gained(mine, torch.from_numpy(theirs)).numpy()
+        by_class["truth_cast"] = np.abs(_by_class(measured.truth_shifts, weights)).mean(-1)
+    if real is not None and {"clip"} <= real.keys() & measured.features.keys():
+        pairs = zip(measured.features["clip"].swapaxes(0, 1), real["clip"].values(), strict=True)
+        many = torch.from_numpy(weights)
+        columns = [weighted_cmmd(torch.from_numpy(made), there, many) for made, there in pairs]
+        by_class["cmmd"] = torch.stack(columns, 1).numpy()
+    # Of each class against its own: two classes' faults do not make up for each other.
+    return found | {name: _with_mean(each) for name, each in by_class.items()}
 
 
 def overall(measured: Measured) -> dict[str, float]:
@@ -152,7 +186,16 @@ def overall(measured: Measured) -> dict[str, float]:
 
 def averages(values: Array, weights: Array) -> Array:
     """(N, C, …) under weights (R, N): (R, 1 + C, …), over all classes and of each."""
-    each = (weights @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
+    return _with_mean(_by_class(values, weights))
+
+
+def _by_class(values: Array, weights: Array) -> Array:
+    """(N, C, …) under weights (R, N): (R, C, …)."""
+    return (weights @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
+
+
+def _with_mean(each: Array) -> Array:
+    """(R, C, …) with the mean over classes before them: (R, 1 + C, …)."""
     return np.concatenate([each.mean(1, keepdims=True), each], 1)
 
 
@@ -204,15 +247,10 @@ def of_sets(
     """KID and FID, as `summary`; without intervals, but KID with its subsets' deviation.
 
     Args:
-        features: of the outputs, (N, C, D).
+        features: Inception's of the outputs, (N, C, D).
         real: of real images by class, (M, D) each.
         classes: the C classes.
-
-    Raises:
-        ValueError: a single image.
     """
-    if len(features) < 2:
-        raise ValueError("KID and FID need two held-out images or more")
     made = torch.from_numpy(features)
     pairs = {name: (real[name], made[:, i]) for i, name in enumerate(classes)}
     pairs = {"": (torch.cat([real[name] for name in classes]), made.flatten(0, 1)), **pairs}
@@ -239,7 +277,7 @@ def result(
     against: str | None,
     excluded: Sequence[str],
     left_out: Sequence[str],
-    real: Mapping[str, Tensor] | None,
+    real: Features | None,
 ) -> dict[str, Any]:
     """A result, see docs/evaluation.md.
 
@@ -248,18 +286,22 @@ def result(
         settings: of the result, with 'classes' and 'candidates'.
         against: the row that the others but 'source' are compared with, if any.
         excluded, left_out: its lists.
-        real: see `of_sets`.
+        real: features of real images by network and class, as `Measured.features`, (M, D) each.
 
     Raises:
-        ValueError: two rows are of different images.
+        ValueError: two rows are of different images, or there is a single one and `real`.
     """
     first = next(iter(measured.values()))
     check_same({name: each.digest() for name, each in measured.items()})
+    if real is not None:
+        real = {net: {c: each[c] for c in settings["classes"]} for net, each in real.items()}
+    if real and len(first.keys) < 2:
+        raise ValueError("KID, FID and CMMD need two held-out images or more")
     weights = resampling(len(first.keys))
     classes, places = settings["classes"], len(settings["candidates"])
     once = np.full((1, len(first.keys)), 1 / len(first.keys))
-    values = {name: statistics(each, once) for name, each in measured.items()}
-    resampled = {name: statistics(each, weights) for name, each in measured.items()}
+    values = {name: statistics(each, once, real) for name, each in measured.items()}
+    resampled = {name: statistics(each, weights, real) for name, each in measured.items()}
     found: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -275,13 +317,14 @@ def result(
             "spectrum": short(first.source_spectra.mean(0)),
             "histogram": short(_share(first.source_counts.sum(0))),
         },
+        "truth": _truth(first, classes, once),
         "rows": {},
         "differences": {},
     }
     for name, each in measured.items():
         row = summary(values[name], resampled[name], classes, len(each.keys))
-        if real is not None and each.features is not None:
-            row |= of_sets(each.features, real, classes)
+        if real is not None and {"inception"} <= real.keys() & each.features.keys():
+            row |= of_sets(each.features["inception"], real["inception"], classes)
         found["rows"][name] = {"images": len(each.keys), "summary": row}
         found["rows"][name] |= _arrays(each, classes, places, once)
         if against is not None and name not in (against, "source"):
@@ -317,6 +360,19 @@ def _arrays(
         counts = (measured.winners[..., None] == places).sum(0)
         row["confusion"] = {n: x.tolist() for n, x in zip(classes, counts, strict=True)}
     return row
+
+
+def _truth(measured: Measured, classes: Sequence[str], once: Array) -> dict[str, Any] | None:
+    """What a result says of the true counterparts, if there were any."""
+    if measured.truth_digests is None or measured.truth_spectra is None:
+        return None
+    digests = dict(zip(measured.keys, measured.truth_digests, strict=True))
+    spectra = averages(measured.truth_spectra, once)[0]
+    names = ["all", *classes]
+    return {
+        "digest": digest_of(digests),
+        "spectra": {name: short(x) for name, x in zip(names, spectra, strict=True)},
+    }
 
 
 def _share(counts: Array) -> Array:
@@ -390,7 +446,7 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
     """Several results over the same images as one, with differences between all their rows.
 
     The differences between rows of different results are of the measures with a value per image:
-    those of the spectrum are not among them.
+    those of averages (spectrum, cast, CMMD) are not among them.
 
     Args:
         results: by name, for messages; what is not of the rows is taken from the first.
@@ -405,6 +461,13 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
     check_same({name: each["heldout"]["digest"] for name, each in results.items()})
     (first, found), *others = ((name, dict(each)) for name, each in results.items())
     rows = dict(found["rows"])
+    truths = {name: each["truth"] for name, each in results.items() if each.get("truth")}
+    for name, each in truths.items():
+        if each["digest"] != next(iter(truths.values()))["digest"]:
+            raise ValueError(
+                f"the true counterparts (--truth) in {next(iter(truths))} and {name} are different "
+                "pictures: their rows cannot be compared"
+            )
     for name, each in others:
         for key in COMPARABLE:
             mine, theirs = found["settings"][key], each["settings"][key]
@@ -413,13 +476,16 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
         both = [row for row in each["rows"] if row in rows and row != "source"]
         if both:
             raise ValueError(f"{first} and {name} both have a row {both[0]!r}")
-        rows |= {row: x for row, x in each["rows"].items() if row not in rows}
+        for row, x in each["rows"].items():  # the source is in both, and may be measured by more
+            if row not in rows or len(x["summary"]) > len(rows[row]["summary"]):
+                rows[row] = x
     if against is not None and against not in rows:
         raise ValueError(f"no row {against!r} to compare against; there are {', '.join(rows)}")
     known = found["differences"]
     lines = [line for each in results.values() for line in each["left_out"]]
     return {
         **found,
+        "truth": next(iter(truths.values()), None),
         "left_out": list(dict.fromkeys(lines)),
         "rows": rows,
         "differences": {

@@ -18,6 +18,11 @@ TRANSLATOR_CURVES = {
     "heldout/spectrum_error": "spectrum error, held out",
     "heldout/spectrum_lost": "spectrum lost, held out",
     "heldout/spectrum_gained": "spectrum gained, held out",
+    "heldout/truth_rmse": "RMSE to the truth, held out",
+    "heldout/truth_one_minus_ssim": "1 − SSIM to the truth, held out",
+    "heldout/truth_lost": "power lost against the truth, held out",
+    "heldout/truth_gained": "power gained against the truth, held out",
+    "heldout/truth_cast": "colour cast against the truth, held out",
 }
 CORRECTOR_CURVES = {
     "train/loss": "corrector, training",

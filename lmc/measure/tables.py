@@ -13,6 +13,15 @@ COLUMNS = {
     "spectrum_lost": ("spectrum lost", ".3f"),
     "spectrum_gained": ("spectrum gained", ".3f"),
 }
+# Those of what is measured only where it is asked for: a column where some row has it.
+ASKED = {
+    "truth_rmse": ("RMSE to truth", ".3f"),
+    "truth_one_minus_ssim": ("1 − SSIM to truth", ".3f"),
+    "truth_lost": ("lost against truth", ".3f"),
+    "truth_gained": ("gained against truth", ".3f"),
+    "truth_cast": ("cast against truth", ".3f"),
+    "cmmd": ("CMMD", ".3f"),
+}
 
 
 def seeds_table(
@@ -27,8 +36,10 @@ def seeds_table(
         more: further columns, as `COLUMNS`; a row that lacks one has a dash there.
     """
     seeds = {n: [row] if isinstance(row, Mapping) else list(row) for n, row in rows.items()}
-    columns = COLUMNS | dict(more or {})
-    about = next((row for several in seeds.values() for row in several), {"distance_name": "rmse"})
+    every = [row for several in seeds.values() for row in several]
+    asked = {key: x for key, x in ASKED.items() if any(row.get(key) is not None for row in every)}
+    columns = COLUMNS | asked | dict(more or {})
+    about = next(iter(every), {"distance_name": "rmse"})
     heads = [head.format_map(about) for head, _ in columns.values()]
     lines = [["loss", *heads]]
     for name, several in seeds.items():
@@ -58,6 +69,9 @@ MEASURES = {
     "clip_score": ("CLIP score ({clip})", ".3f"),
     "clip_score_100": ("100 max(cos, 0)", ".1f"),
     "r_precision": ("R-Precision ({clip})", ".3f"),
+    "truth_lpips": ("LPIPS to truth", ".3f"),
+    **{name: about for name, about in ASKED.items() if name != "cmmd"},
+    "cmmd": ("CMMD ({clip})", ".3f"),
     "kid": ("KID", ".4f"),
     "fid": ("FID", ".2f"),
     "spectrum_error": ("spectrum error", ".3f"),

@@ -56,6 +56,7 @@ class ImageData(LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.shuffle, self.seed = shuffle, seed
         self._checked = False
+        self.looked_at: list[str] = []  # keys of held-out images that are measured, where not all
         self._origins: dict[str, Any] = {}
         self.batches_read = 0
         self.positions: dict[int, tuple[int, int]] = {}  # by worker
@@ -90,8 +91,9 @@ class ImageData(LightningDataModule):
         heldout = self._stream(self.heldout, False, model)
         if heldout.limit is not None and not getattr(model, "takes_triplets", False):
             looked_at = heldout.samples(heldout.urls, heldout.limit)
+            self.looked_at = [sample["__key__"] for sample in looked_at]
             try:
-                check_keys([sample["__key__"] for sample in looked_at])
+                check_keys(self.looked_at)
             except ValueError as error:
                 raise ValueError(
                     f"data.heldout {self.heldout}: {error}; prepare it with a key for each image"

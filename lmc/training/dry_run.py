@@ -226,9 +226,10 @@ def validation(config: Mapping[str, Any]) -> str:
         return f"{every} and at the end, {many} held-out images{beside}"
     what = Validation(**model["validation"])
     clip = f"CLIP {what.clip}, in float32 in each process" if what.clip else "no CLIP"
+    truth = f"; against the true counterparts in {what.truth}" if what.truth else ""
     return (
         f"{every} and at the end, {what.images} held-out images to {len(model['classes'])} "
-        f"classes; {clip}"
+        f"classes; {clip}{truth}"
     )
 
 

@@ -20,7 +20,7 @@ from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
 from lmc.training.base import StepDecay, TrainingModule, leads, show
 from lmc.training.resume import covers
-from lmc.training.validation import Heldout, Validation, load_tools
+from lmc.training.validation import Heldout, Validation, load_tools, load_truth
 from lmc.translator import Translator
 from lmc.unet import Norm
 
@@ -206,6 +206,7 @@ class TranslatorTraining(TrainingModule):
                 loss is not rescaled; model.image_size is not data.image_size; or the loss refuses
                 the prior.
             OSError: model.validation.clip is the path of no folder, or of one without a CLIP.
+            OSError, ValueError: model.validation.truth lacks a true counterpart.
         """
         for name in ("score_weight", "l2_weight"):
             for part, value in vars(getattr(self, name)).items():
@@ -229,6 +230,8 @@ class TranslatorTraining(TrainingModule):
                 raise FileNotFoundError(f"model.validation.clip {clip}: it has no config.json")
             if len(folder.parts) > 2 or folder.is_absolute():  # or it may be a hub id
                 raise FileNotFoundError(f"model.validation.clip {clip}: no such folder")
+        classes = self.heldout_prompts.classes
+        load_truth(self.validation, classes, self.image_size, data.looked_at)
         if leads():
             with about("model.loss"):
                 self.loss.check(self.prior)
@@ -247,7 +250,8 @@ class TranslatorTraining(TrainingModule):
         if hasattr(self.loss, "corrector"):  # which asks for it
             self.share_identity()
         device = self.trainer.strategy.root_device
-        self.tools = load_tools(self.validation, self.image_size, device)
+        classes = self.heldout_prompts.classes
+        self.tools = load_tools(self.validation, self.image_size, device, classes)
         if self.trainer.is_global_zero:
             for line in self.tools.left_out:
                 print(line, flush=True)

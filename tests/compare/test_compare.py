@@ -407,6 +407,56 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert not trained
 
 
+def test_against_truth_and_real_pictures(world, trained, copy, tmp_path, capsys):
+    """A finished comparison is measured again with them, not trained, and is what evaluate says."""
+    (batch,) = ImageStream(f"{world}/shards/heldout-*.tar", 16, 24, training=False)
+    truth, real = tmp_path / "truth", tmp_path / "real"
+    for folder, sign in ((truth, -1), (real, 0.5)):
+        for name in ("dog", "bear"):
+            (folder / name).mkdir(parents=True)
+            for key, image in zip(batch.key, batch.image, strict=True):
+                (folder / name / f"{key}.png").write_bytes(worlds.png(sign * image))
+    command = args(world, copy, "cond", "--seeds", "0,1", "--truth", str(truth))
+    command += ["--real", str(real)]
+    main(command)
+    assert not trained
+    row = results(copy)["cond"]["0"]
+    out = tmp_path / "out.json"
+    more = ["--shards", f"{world}/shards/heldout-*.tar", "--clip", str(world / "clip")]
+    more += ["--truth", str(truth), "--real", str(real), "--offline", "--out", str(out)]
+    main(["evaluate", "--translator", str(copy / "cond" / "seed0"), *more])
+    wanted = numbers(json.loads(out.read_text())["rows"]["seed0"])
+    asked = {key for key in wanted if key.startswith("truth_")} | {"cmmd"}
+    assert asked >= {"truth_rmse", "truth_lost", "truth_gained", "truth_cast"}
+    for key in asked:
+        assert row[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5), key
+    assert min(row["truth_rmse"], row["truth_cast"], row["cmmd"]) > 0
+    head = (copy / "table.md").read_text().splitlines()[0]
+    assert "RMSE to truth" in head and "cast against truth" in head and "CMMD" in head
+    assert "RMSE to truth" in (copy / "report.html").read_text()
+
+    # Once more nothing is measured; with other pictures in the folder, all is.
+    capsys.readouterr()
+    main(command)
+    assert "measured " not in capsys.readouterr().out
+    (truth / "dog" / f"{batch.key[0]}.png").write_bytes(worlds.png(batch.image[0]))
+    main(command)
+    assert capsys.readouterr().out.count("measured ") == 1 + 4
+    assert results(copy)["cond"]["0"]["truth_rmse"] != row["truth_rmse"]
+
+
+def test_a_truth_or_real_pictures_that_do_not_fit_end_it_before_training(world, trained, tmp_path):
+    command = args(world, tmp_path / "out", "cond")
+    assert "no such folder of true" in message(*command, "--truth", f"{tmp_path}/no")
+    for name in ("dog", "bear"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        (tmp_path / "few" / name / "a.png").write_bytes(worlds.png(torch.zeros(3, 16, 16)))
+    few = str(tmp_path / "few")
+    assert "24 held-out images have no true counterpart" in message(*command, "--truth", few)
+    assert "1 real images of the class 'dog'; two are" in message(*command, "--real", few)
+    assert not trained and not (tmp_path / "out").exists()
+
+
 def results(out: Path) -> dict:
     """The rows of results.json."""
     return json.loads((out / "results.json").read_text())["losses"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lmc.load import load_network
+from lmc.measure.evaluate import Truth
 from lmc.measure.metrics import Clip, r_precision
 from lmc.priors import DiffusersPrior
 from lmc.shards.images import ImageStream, heldout_names
@@ -99,6 +100,31 @@ def test_prepare_writes_an_ordinary_world(tmp_path):
         label, number = batch.key[0].split("-")
         again = draw(torch.tensor([CLASSES.index(label)]), torch.tensor([int(number)]), 16)
         torch.testing.assert_close(batch.image[:1], again, rtol=0, atol=1 / 127)
+
+
+def test_prepare_draws_what_the_held_out_cats_should_become(tmp_path, monkeypatch):
+    """By the command: each held-out cat's seed as the other animals, and fresh drawings of them."""
+    monkeypatch.setattr(sys, "argv", ["prepare", f"--out={tmp_path}", "--count=60", "--real=3"])
+    (tmp_path / "truth" / "dog").mkdir(parents=True)
+    (tmp_path / "truth" / "dog" / "cat-20000999.png").write_bytes(b"of a larger set")
+    prepare.main()
+    (batch,) = ImageStream(f"{tmp_path}/cats/heldout-*.tar", 32, 60, training=False)
+    targets = [name for name in CLASSES if name != "cat"]
+    truth = Truth(tmp_path / "truth", targets, 32)
+    truth.check(targets, batch.key, [])  # no others
+    seeds = torch.tensor([int(key.split("-")[1]) for key in batch.key])
+    for name in ("dog", "badger"):
+        drawn = draw(torch.full((len(seeds),), CLASSES.index(name)), seeds, 32)
+        pictures = truth(batch.key, batch.image, name)
+        torch.testing.assert_close(pictures, drawn, rtol=0, atol=1 / 127)
+        # Nearer to its own cat than to another's: light and background are the same.
+        own, other = ((pictures - x).square().mean() for x in (batch.image, batch.image.roll(1, 0)))
+        assert own < 0.7 * other
+    real = list(ImageStream(f"{tmp_path}/real/*.tar", 32, 60, training=False))
+    labels = [label for each in real for label in each.label]
+    assert sorted(labels) == sorted(targets * 3)
+    keys = {key.split("-")[1] for each in real for key in each.key}
+    assert len(keys) == 24 and not keys & {key.split("-")[1] for key in batch.key}
 
 
 def test_coloured_light_is_a_cast_of_colour_on_most_pictures():

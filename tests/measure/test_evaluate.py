@@ -23,6 +23,7 @@ from lmc.measure.evaluate import (
     Folder,
     Prompts,
     Tools,
+    Truth,
     evaluate,
     heldout_keys,
     real_features,
@@ -31,6 +32,7 @@ from lmc.measure.evaluate import (
 )
 from lmc.measure.metrics import (
     Clip,
+    cmmd,
     fid,
     kid,
     one_minus_ssim,
@@ -365,7 +367,163 @@ def test_tied_prompts_are_no_hits(tools):
 
 
 # ---------------------------------------------------------------------------------------------
-# KID and FID
+# Against true counterparts
+
+
+def true_ones() -> dict[str, torch.Tensor]:
+    """In the keys' order: the sources moved, coloured and made coarser, by class, of 8 bits."""
+    source, _ = outputs()
+    shift = torch.tensor([0.2, -0.1, 0.4])[:, None, None]
+    coarse = F.interpolate(source[..., ::2, ::2], scale_factor=2)
+    pair = {"dog": source.roll(3, -1) * 1.9 + shift, "bear": coarse - 0.3 * shift}
+    return {name: from_uint8(to_uint8(x)) for name, x in pair.items()}
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> Truth:
+    """`true_ones` as files, among others that are of no concern."""
+    keys = sorted(key for batch in half_batches() for key in batch.key)
+    more = {"dog": random(1, 3, SIZE, SIZE), "fox": random(1, 3, 8, 8)}
+    write_outputs(tmp_path / "truth", more, ["not held out"])
+    folder = Truth(
+        write_outputs(tmp_path / "truth", true_ones(), keys), ["dog", "bear"], image_size=SIZE
+    )
+    folder.check_has(list(PROMPTS), keys, "true counterpart")
+    return folder
+
+
+def with_truth(tools: Tools, truth) -> Tools:
+    return Tools(tools.distances, tools.clip, truth=truth)
+
+
+def test_outputs_are_measured_against_their_true_counterparts(tools, truth):
+    """By numpy, of every image, class and row; the spectra and SSIM are tested by themselves."""
+    result = measure(with_truth(tools, truth), None, scaled())
+    source, made = outputs()
+    theirs = {name: x.double().numpy() for name, x in true_ones().items()}
+    for row, mine in (("source", dict.fromkeys(PROMPTS, source)), ("a", made)):
+        about, found = result["rows"][row], {}
+        for name in PROMPTS:
+            x, y = mine[name].double().numpy(), theirs[name]
+            rmse_ = np.sqrt(((x - y) ** 2).mean((1, 2, 3)))
+            assert about["per_image"]["truth_rmse"][name] == pytest.approx(rmse_, abs=1e-5)
+            ssim = one_minus_ssim(mine[name], true_ones()[name])
+            wanted = pytest.approx(ssim.tolist(), abs=1e-5)
+            assert about["per_image"]["truth_one_minus_ssim"][name] == wanted
+            power = [power_spectrum(torch.from_numpy(z)).numpy().mean(0) for z in (x, y)]
+            decades = np.log10(power[0] / power[1])
+            cast = np.abs(x.mean((0, 2, 3)) - y.mean((0, 2, 3))).mean()
+            found[name] = {
+                "truth_rmse": rmse_.mean(),
+                "truth_lost": np.maximum(-decades, 0).mean(),
+                "truth_gained": np.maximum(decades, 0).mean(),
+                "truth_cast": cast,
+            }
+        for measure_ in found["dog"]:
+            cell = about["summary"][measure_]
+            for name in PROMPTS:
+                each = cell["by_class"][name]
+                assert each["value"] == pytest.approx(found[name][measure_], abs=1e-5), measure_
+                assert each["low"] <= each["value"] <= each["high"]
+            mean = np.mean([found[name][measure_] for name in PROMPTS])
+            assert cell["value"] == pytest.approx(mean, abs=1e-5), "of each against its own"
+            assert cell["n"] == 11 and cell["low"] < cell["high"] and mean > 0.01
+    spectrum = np.mean([power_spectrum(x).mean(0).numpy() for x in true_ones().values()], 0)
+    assert result["truth"]["spectra"]["all"] == pytest.approx(spectrum, rel=1e-4)
+    row = numbers(result["rows"]["a"])
+    assert row["truth_cast"] == result["rows"]["a"]["summary"]["truth_cast"]["value"]
+    lines = evaluation_text(result).splitlines()
+    for head in ("RMSE to truth", "1 − SSIM to truth", "lost against truth", "cast against truth"):
+        assert head in lines[0]
+    assert "truth" not in evaluation_text(measure(tools, None, scaled()))
+
+
+def test_the_truth_itself_has_no_distance(tools, truth):
+    rows_ = {"source": None, "truth": truth, "lmc": translated(scaled())}
+    prompts = Prompts(PROMPTS, CANDIDATES)
+    result = evaluate(rows_, half_batches, with_truth(tools, truth), prompts, against="truth")
+    row = result["rows"]["truth"]["summary"]
+    for name in ("rmse", "one_minus_ssim", "lost", "gained", "cast"):
+        assert row[f"truth_{name}"]["value"] == pytest.approx(0, abs=1e-6)
+        # Differences to it are the other row's own values.
+        other, less = (
+            x["lmc"]["summary"][f"truth_{name}"]["value"]
+            for x in (result["rows"], result["differences"])
+        )
+        assert less == pytest.approx(other, abs=1e-6) and other > 0
+
+
+def test_the_interval_of_a_cast_is_of_resampled_images(tools, truth):
+    """By a loop over numpy's own draws, as with the other measures."""
+    cell = measure(with_truth(tools, truth), scaled())["rows"]["a"]["summary"]["truth_cast"]
+    made = outputs()[1]
+    shift = np.stack(
+        [(made[name] - true_ones()[name]).double().numpy().mean((2, 3)) for name in PROMPTS]
+    )
+    generator = np.random.default_rng(5)
+    draws = [generator.integers(0, 11, 11) for _ in range(4000)]
+    casts = [np.abs(shift[:, draw].mean(1)).mean() for draw in draws]
+    low, high = np.quantile(casts, (0.025, 0.975))
+    for mine, expected in ((cell["low"], low), (cell["high"], high)):
+        assert mine == pytest.approx(expected, abs=0.08 * (high - low))
+
+
+def test_a_truth_that_does_not_fit_is_refused(truth, tmp_path):
+    keys = sorted(key for batch in half_batches() for key in batch.key)
+    with pytest.raises(FileNotFoundError, match=r"no such folder of true counterparts: .*nothing"):
+        Truth(tmp_path / "nothing", ["dog"], SIZE)
+    with pytest.raises(ValueError, match=r"truth has no true counterparts of class 'owl'"):
+        Truth(truth.path, ["dog", "owl"], SIZE)
+    with pytest.raises(ValueError, match=r"truth have 16 pixels, not 32"):
+        Truth(truth.path, ["dog"], 32)
+    with pytest.raises(
+        ValueError, match=r"1 held-out images have no true counterpart in .*/dog, .* 77"
+    ):
+        truth.check_has(["dog", "bear"], [*keys, "77"], "true counterpart")
+
+
+def test_results_with_and_without_truth_stand_side_by_side(tools, truth):
+    """Older ones, which know of none, too; but not those of another truth."""
+    new, old = measure(with_truth(tools, truth), None, scaled()), measure(tools, None, steps(9, 20))
+    old["rows"]["old"] = old["rows"].pop("a")
+    assert old.pop("truth") is None
+    for results in ({"new": new, "old": old}, {"old": old, "new": new}):
+        both = combine(results, "a")
+        assert both["truth"] == new["truth"]
+        assert "truth_rmse" not in both["rows"]["old"]["summary"]
+        assert both["rows"]["source"]["summary"].keys() >= {"truth_rmse", "truth_cast"}
+    other = Tools(tools.distances, tools.clip, truth=lambda keys, source, name: -source)
+    third = measure(other, steps(1, 2))
+    third["rows"]["third"] = third["rows"].pop("a")
+    with pytest.raises(ValueError, match=r"\(--truth\) in new and third are different pictures"):
+        combine({"old": old, "new": new, "third": third}, "a")
+
+
+# ---------------------------------------------------------------------------------------------
+# KID, FID and CMMD
+
+
+def test_cmmd_is_of_each_class_against_its_own(tools):
+    """And needs no Inception. By `cmmd` on CLIP's embeddings of all outputs at once."""
+    pictures = from_uint8(to_uint8(0.8 * random(12, 3, SIZE, SIZE, seed=3)))
+    labels = ["bear", "dog", "dog"] * 4
+    batches = [ImageBatch(pictures, [str(i) for i in range(12)], labels)]
+    real = real_features(batches, tools, list(PROMPTS))
+    assert list(real) == ["clip"]
+    backwards = {"clip": dict(reversed(real["clip"].items()))}
+    row = measure(tools, None, scaled(), real=backwards)["rows"]["a"]["summary"]
+    assert "kid" not in row and "fid" not in row
+    found = []
+    for name, images in outputs()[1].items():
+        there = tools.clip.images(pictures[[label == name for label in labels]])
+        found.append(cmmd(tools.clip.images(images), there))
+        cell = row["cmmd"]["by_class"][name]
+        assert cell["value"] == pytest.approx(found[-1], rel=1e-4)
+        assert cell["low"] < cell["value"] < cell["high"]
+    assert row["cmmd"]["value"] == pytest.approx(np.mean(found), rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=0.01)
+    with pytest.raises(ValueError, match="CMMD need two held-out images"):
+        measure(tools, None, real=real, batches=half_batches(1))
 
 
 def test_kid_and_fid_are_of_all_classes_and_each(tools):
@@ -382,9 +540,10 @@ def test_kid_and_fid_are_of_all_classes_and_each(tools):
         )
         for i in range(0, 20, 6)
     ]
-    real = real_features(batches, with_sets, list(PROMPTS))
+    features = real_features(batches, with_sets, list(PROMPTS))
+    real = features["inception"]
     assert {name: len(x) for name, x in real.items()} == {"dog": 10, "bear": 5}
-    result = measure(with_sets, scaled(), real=real)
+    result = measure(with_sets, scaled(), real=features)
     summary = result["rows"]["a"]["summary"]
     made = {name: inception(to_uint8(x)) for name, x in outputs()[1].items()}
     expected = fid(real["dog"], made["dog"])
@@ -473,7 +632,8 @@ def test_tools_say_what_is_left_out(monkeypatch, tmp_path):
         torch.hub.set_dir(before)
     assert list(small.distances) == list(large.distances) == ["rmse", "one_minus_ssim"]
     assert small.clip is None and small.inception is None
-    starts = ("lpips left out: ", "clip_score, r_precision left out: ", "kid, fid left out: ")
+    starts = ("lpips left out: ", "clip_score, r_precision, cmmd left out: ", "kid, fid left out: ")
+    assert large.left_out[1].startswith("clip_score, r_precision left out: ")
     assert len(small.left_out) == 3 and len(large.left_out) == 2
     for line, start in zip(small.left_out, starts, strict=True):
         assert line.startswith(start) and "\n" not in line
@@ -710,8 +870,17 @@ def test_the_command_measures_networks_and_files(world, clip_folder, tmp_path, c
     (files / "fox" / "x.png").write_bytes(worlds.png(random(3, SIZE, SIZE)))
     out = tmp_path / "out.json"
     args = command(world, clip_folder, out, "--translator", world / "one", world / "two")
-    main([*args, "--images", str(files), "--real", f"{world}/real", "--batch_size", "7"])
+    args += ["--images", str(files), "--real", f"{world}/real", "--truth", str(files)]
+    main([*args, "--batch_size", "7"])
     result = json.loads(out.read_text())
+    assert result["truth"].pop("path") == str(files)
+    # What the first network made is the truth: its own row is at no distance from it.
+    for name in ("one", "files"):
+        assert result["rows"][name]["summary"]["truth_rmse"]["value"] == pytest.approx(0, abs=1e-6)
+    assert result["rows"]["source"]["summary"]["truth_cast"]["value"] > 0
+    # Without Inception there are no KID and FID, and a line says so; CMMD is there.
+    assert {"cmmd"} == {"cmmd", "kid", "fid"} & result["rows"]["one"]["summary"].keys()
+    assert len([line for line in result["left_out"] if line.startswith("kid, fid left out")]) == 1
     assert list(result["rows"]) == ["source", "one", "two", "files"]
     found = [result["rows"][name].pop("path") for name in ("one", "two", "files")]
     assert found == [f"{world}/one", f"{world}/two", str(files)]
@@ -759,6 +928,11 @@ def test_the_command_says_what_is_wrong(world, clip_folder, tmp_path, capsys, mo
     assert "no real images of 'bear'" in message(*one, "--real", tmp_path / "few")
     write_outputs(tmp_path / "big", {n: random(2, 3, 32, 32) for n in PROMPTS}, ["a", "b"])
     assert "have 32 pixels, not 16" in message(*one, "--real", tmp_path / "big")
+    missing = message(*one, "--truth", real)
+    assert "24 held-out images have no true counterpart in" in missing and "real/dog" in missing
+    assert "no such folder of true counterparts" in message(*one, "--truth", tmp_path / "no")
+    assert "no true counterparts of class 'bear'" in message(*one, "--truth", tmp_path / "few")
+    assert "have 32 pixels, not 16" in message(*one, "--truth", tmp_path / "big")
     assert "the same is named twice" in message(*one, world / "one")
     (tmp_path / "source").symlink_to(world / "one")
     monkeypatch.chdir(tmp_path)
@@ -783,7 +957,10 @@ def _rank(rank: int, port: int, args: list[str]) -> None:
 
 
 def test_two_processes_measure_what_one_does(world, clip_folder, tmp_path):
+    batch = next(iter(ImageStream(f"{world}/shards/heldout-*.tar", SIZE, 24, training=False)))
+    truth = write_outputs(tmp_path / "truth", dict.fromkeys(PROMPTS, -0.5 * batch.image), batch.key)
     args = ("--translator", world / "one", "--batch_size", "5")
+    args += ("--truth", truth, "--real", world / "real")
     main(command(world, clip_folder, tmp_path / "1.json", *args))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

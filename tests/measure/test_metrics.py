@@ -23,6 +23,7 @@ from lmc.measure.metrics import (
     MissingWeights,
     clip_score,
     clip_score_100,
+    cmmd,
     cosines,
     derivative_counts,
     derivative_histogram,
@@ -42,6 +43,7 @@ from lmc.measure.metrics import (
     spectrum_error,
     spectrum_gained,
     spectrum_lost,
+    weighted_cmmd,
     winners,
 )
 from lmc.shards.images import from_uint8, to_uint8
@@ -483,6 +485,90 @@ def test_kid_is_the_unbiased_kernel_distance():
     assert expected > 2 * deviation, "not just anything near 0"
     assert metrics.kid_subset_size(60, 40) == 20 and metrics.kid_subset_size(9000, 5000) == 1000
     assert metrics.kid_subset_size(2, 3) == 2
+
+
+def mmd_of_pairs(x: np.ndarray, y: np.ndarray, sigma: float) -> float:
+    """1,000 × the unbiased MMD² by one pair after the other."""
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+
+    def mean(a: np.ndarray, b: np.ndarray, same: bool) -> float:
+        return float(
+            np.mean(
+                [
+                    math.exp(-((p - q) ** 2).sum() / (2 * sigma**2))
+                    for i, p in enumerate(a)
+                    for j, q in enumerate(b)
+                    if not same or i != j
+                ]
+            )
+        )
+
+    return 1000 * (mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
+
+
+@pytest.mark.parametrize("sigma", [10.0, 0.3])
+def test_cmmd_is_the_unbiased_mmd_of_unit_embeddings(sigma):
+    x, y = 3 * random(7, 5).double(), 0.2 + random(9, 5, seed=1).double()
+    wanted = mmd_of_pairs(x.numpy(), y.numpy(), sigma)
+    assert cmmd(x, y, sigma) == pytest.approx(wanted, abs=1e-8) and abs(wanted) > 0.1
+    assert cmmd(x.float(), 5 * y.float(), sigma) == pytest.approx(wanted, rel=1e-4)
+    if sigma == 10:
+        assert cmmd(x, y) == cmmd(x, y, sigma)
+
+
+def test_cmmd_of_two_points_is_known():
+    """All of either set alike and at right angles: 2 (1 − e^(−2 / 2σ²)); of one point 0."""
+    x, y = torch.tensor([[2.0, 0.0]] * 3), torch.tensor([[0.0, 0.5]] * 4)
+    for sigma in (10.0, 0.5):
+        assert cmmd(x, y, sigma) == pytest.approx(2000 * -math.expm1(-(sigma**-2)), rel=1e-9)
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_cmmd_of_sets_drawn_alike_is_zero_on_average():
+    """Over 300 draws of 6 and 5: within three standard errors of 0, some below it; the mean over
+    all pairs, each with itself, would be above it by far."""
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.tensor([2.0, 0, 0, 0])
+    draws = [[torch.randn(n, 4, generator=generator) + centre for n in (6, 5)] for _ in range(300)]
+    found = np.array([cmmd(x, y, 1.0) for x, y in draws])
+    error = found.std() / 300**0.5
+    assert abs(found.mean()) < 3 * error and found.min() < 0
+    cosines_ = F.normalize(torch.cat([x for x, _ in draws]))
+    alike = torch.exp(cosines_ @ cosines_.T - 1).mean().item()
+    assert 1000 * (1 - alike) * (1 / 6 + 1 / 5) > 10 * error, "the bias would be seen"
+
+
+def test_cmmd_at_its_own_sigma_is_nearly_a_distance_of_means():
+    """10 |difference of the means|² of unit embeddings, unbiased: within 2 %."""
+    x, y = (F.normalize(random(40, 6, seed=s).double() + shift) for s, shift in ((0, 0.3), (1, 0)))
+    squares = [(z.sum(0).square().sum() - len(z)) / (len(z) * (len(z) - 1)) for z in (x, y)]
+    means = 10 * (squares[0] + squares[1] - 2 * x.mean(0) @ y.mean(0))
+    assert cmmd(x, y) == pytest.approx(means.item(), rel=0.02) and means > 0.5
+    # Of one mean and another spread: hardly anything at 10.
+    one = torch.tensor([[1.0, 0.0]] * 20)
+    two = torch.tensor([[0.8, 0.6], [0.8, -0.6]] * 10)
+    assert cmmd(one, two, 0.3) > 100 * cmmd(one, two)
+
+
+def test_a_weighted_cmmd_is_that_of_the_pictures_drawn():
+    """A weight of twice that of others is two pictures whose pair is left out; by a loop."""
+    x, y = random(5, 4).double(), random(6, 4, seed=1).double()
+    counts = np.array([2, 0, 1, 1, 1])
+    drawn = np.repeat(np.arange(5), counts)
+    a, b = (F.normalize(z).numpy() for z in (x, y))
+
+    def k(p, q):
+        return math.exp(-((p - q) ** 2).sum() / 2)
+
+    mine = [k(a[i], a[j]) for i in drawn for j in drawn if i != j]
+    theirs = [k(p, q) for i, p in enumerate(b) for j, q in enumerate(b) if i != j]
+    across = [k(a[i], q) for i in drawn for q in b]
+    wanted = 1000 * (np.mean(mine) + np.mean(theirs) - 2 * np.mean(across))
+    weights = torch.tensor(np.stack([counts / 5, np.full(5, 0.2), [1, 0, 0, 0, 0]]))
+    found = weighted_cmmd(x, y, weights, 1.0)
+    assert found[0].item() == pytest.approx(wanted, abs=1e-8)
+    assert found[1].item() == pytest.approx(cmmd(x, y, 1.0), abs=1e-8)
+    assert found[2].isfinite(), "a resample of one picture alone"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -232,6 +232,24 @@ def test_plots_are_of_the_result_and_in_the_pages_colours(world, runs, tmp_path)
         assert f'data-series="{i}"' in spectrum[1] and f"var(--s{i})" in spectrum[1]
 
 
+def test_the_page_shows_what_was_measured_against_the_truth(world, tmp_path):
+    """Here the pictures of one row are the truth: no distance, and its power over it is 1."""
+    out, page = tmp_path / "results.json", tmp_path / "page.html"
+    args = ["--images", str(world / NASTY), "--shards", f"{world}/shards/heldout-*.tar"]
+    args += ["--truth", str(world / NASTY), "--clip", str(world / "clip"), "--offline"]
+    main(["evaluate", *args, "--out", str(out)])
+    result = json.loads(out.read_text())
+    row = result["rows"][NASTY]
+    assert row["spectra"]["all"] == result["truth"]["spectra"]["all"]
+    main(["report", str(out), "--out", str(page), "--pictures", "2"])
+    text = html.unescape(page.read_text())
+    for head in ("RMSE to truth", "lost against truth", "cast against truth"):
+        assert f">{head}</th>" in text
+    assert "RMSE to truth 0.000" in text and "Average power over the true counterparts'" in text
+    assert "<td>0.000 <small>[0.000, 0.000]" in text
+    assert "to truth" not in page_of(world, tmp_path)
+
+
 def test_runs_say_how_they_were_made(world, runs, tmp_path):
     text = html.unescape(page_of(world, tmp_path, "--runs", *(str(x) for x in runs.iterdir())))
     for words in (

@@ -23,8 +23,8 @@ from lmc.corrector import Corrector, corrector_loss, normalise
 from lmc.filter import FilterCorrector
 from lmc.load import load_averaged
 from lmc.measure.correctors import CorrectorErrors, evaluate_corrector
-from lmc.measure.evaluate import Prompts, Tools, evaluate, translated
-from lmc.measure.metrics import Clip, MissingWeights, rmse
+from lmc.measure.evaluate import Prompts, Tools, Truth, evaluate, translated
+from lmc.measure.metrics import Clip, MissingWeights, distances, rmse
 from lmc.priors import DiffusersPrior
 from lmc.release import Terms, write_release
 from lmc.shards.images import ImageStream
@@ -40,7 +40,9 @@ import worlds
 
 IMAGES = 7  # of the 24 held out
 TARGETS = {name: f"a photo of a {name}" for name in ("dog", "bear")}
-MEASURES = {f"heldout/{name}" for name in LOGGED if name != "lpips"}  # too small for AlexNet
+TRUTH = {f"heldout/{name}" for name in LOGGED if name.startswith("truth_")}
+# The images are too small for AlexNet.
+MEASURES = {f"heldout/{name}" for name in LOGGED if name != "lpips"} - TRUTH
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,65 @@ def test_what_is_logged_is_what_evaluate_says(alone, data, clip):
         wanted = row[name.removeprefix("heldout/")]["value"]
         assert metrics[name].item() == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
     assert row["rmse"]["value"] > 0.01, "nothing was learned: everything would be equal"
+
+
+@pytest.fixture(scope="module")
+def truth(data, tmp_path_factory) -> Path:
+    """True counterparts of the images looked at: other colours, less contrast, or next to none."""
+    folder = tmp_path_factory.mktemp("truth")
+    (batch,) = ImageStream(f"{data}/heldout-*.tar", 16, 50, training=False, limit=IMAGES)
+    for name, contrast, shift in (("dog", 0.5, 0.4), ("bear", 0.02, -0.6)):
+        (folder / name).mkdir()
+        for key, image in zip(batch.key, batch.image, strict=True):
+            (folder / name / f"{key}.png").write_bytes(worlds.png(contrast * image + shift))
+    return folder
+
+
+def test_what_is_logged_against_the_truth_is_what_evaluate_says(
+    tiny_prior_folder, data, truth, tmp_path
+):
+    """And it is shown: the source, then by class the truth and the output."""
+    command = args(tiny_prior_folder, data, tmp_path / "run", None)
+    train_translator.main([*command, f"--model.validation.truth={truth}"])
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    logged = {x for x in events.Tags()["scalars"] if x.startswith("heldout/truth")}
+    assert logged == TRUTH - {"heldout/truth_lpips"}
+    stream = ImageStream(f"{data}/heldout-*.tar", 16, 50, training=False, limit=IMAGES)
+    result = evaluate(
+        {"a": translated(load_averaged(tmp_path / "run")[0])},
+        lambda: DataLoader(stream, batch_size=None),
+        Tools(distances(16), truth=Truth(truth, list(TARGETS), 16)),
+        Prompts(TARGETS, [*TARGETS.values()]),
+    )
+    for name in logged:
+        wanted = result["rows"]["a"]["summary"][name.removeprefix("heldout/")]["value"]
+        found = events.Scalars(name)[-1].value
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6) and found > 0.01, name
+    picture = np.asarray(Image.open(tmp_path / "run" / "validation" / "step_000003.png"))
+    assert picture.shape[0] == 18 + 5 * 18
+    (batch,) = stream
+    for row, image in ((0, batch.image[0]), (1, batch.image[0] / 2 + 0.4)):
+        shown = picture[18 + 1 + row * 18 :][:16, 76 + 1 :][:, :16].astype(int)
+        wanted = ((image.clamp(-1, 1) + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
+        assert abs(shown - wanted).max() <= 1
+
+
+def test_a_truth_that_does_not_fit_ends_it_before_training(
+    tiny_prior_folder, data, truth, tmp_path, untrained
+):
+    def said(folder: Path, *more: str) -> str:
+        command = args(tiny_prior_folder, data, tmp_path / "run", None, *more)
+        return message(train_translator.main, [*command, f"--model.validation.truth={folder}"])
+
+    start = "model.validation.truth: "
+    assert f"{start}no such folder of true counterparts: {tmp_path}/no" in said(tmp_path / "no")
+    more = "--model.validation.images=9"
+    assert f"{start}2 held-out images have no true counterpart in {truth}/dog" in said(truth, more)
+    shutil.copytree(truth / "dog", tmp_path / "half" / "dog")
+    assert f"{start}{tmp_path}/half has no true counterparts of class 'bear'" in said(
+        tmp_path / "half"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_measure_and_show_what_one_does(
