@@ -10,6 +10,7 @@ _MODULES = {
     "lmc.corrector": ["Corrector", "IdentityCorrector"],
     "lmc.filter": ["FilterCorrector", "HybridCorrector"],
     "lmc.translator": ["Translator"],
+    "lmc.measure.stability": ["stability"],
     "lmc.load": ["load_corrector", "load_translator"],
     "lmc.priors": ["DiffusersPrior", "Prior"],
     "lmc.losses": [

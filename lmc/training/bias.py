@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,9 +13,10 @@ from lmc.corrector import BiasCorrector, Corrector, Statistics, corrector_loss
 from lmc.errors import about, require
 from lmc.filter import FilterCorrector, HybridCorrector, estimate_filter
 from lmc.load import load_corrector
-from lmc.measure.correctors import HELDOUT, CorrectorErrors
+from lmc.measure.correctors import HELDOUT, CorrectorErrors, heldout_excess
 from lmc.measure.figures import drawn, labelled_grid, spectra_figure
 from lmc.measure.metrics import power_spectrum
+from lmc.measure.stability import stability_at, write_stability
 from lmc.perturbations import Restoring
 from lmc.priors import Prior
 from lmc.schedule import TIME_RANGE, check_time_range
@@ -32,6 +34,7 @@ from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, leads, plain
 from lmc.unet import Norm
 
 Kind = Literal["unet", "hybrid"]
+FREE_STEPS = 20  # of the stability test at the end: it is to take seconds
 
 
 class CorrectorTraining(TrainingModule):
@@ -62,6 +65,12 @@ class CorrectorTraining(TrainingModule):
             and estimates none; it logs its own where this is None.
         heldout_images: how many held-out images are measured, the first in the shards' order (of
             stored triplets each at all its times); None is all.
+        heldout_draws: of eps for each held-out image, each an evaluation: of two and more the
+            excess of L_k over its floor is logged, see `excess_over_floor`. The first one is that
+            of the other figures. Left out where the held-out data are stored triplets.
+        stability: on how many held-out images it is found out at the end whether LMC-SDS with the
+            corrector holds or runs away: `stability_at`, some hundred evaluations, into the run
+            folder as stability.json and stability.png. 0 leaves it out.
         seed: of t and eps; follows seed_everything.
 
     Raises:
@@ -86,12 +95,16 @@ class CorrectorTraining(TrainingModule):
         time_range: tuple[float, float] = TIME_RANGE,
         closed_form: str | None = None,
         heldout_images: int | None = HELDOUT,
+        heldout_draws: int = 2,
+        stability: int = 4,
         seed: int = 0,
     ) -> None:
         if heldout_images is not None and heldout_images < 1:
             raise ValueError(
                 f"model.heldout_images must be at least 1, or null for all, got {heldout_images}"
             )
+        require(heldout_draws >= 1, "model.heldout_draws", "at least 1", heldout_draws)
+        require(stability >= 0, "model.stability", "at least 0", stability)
         if statistics is None:
             statistics = "image" if restoring is None else "none"
         require(
@@ -108,6 +121,8 @@ class CorrectorTraining(TrainingModule):
         super().__init__(corrector, optimizer, ema_decay, seed)
         self.prior, self.time_range = prior, time_range
         self.closed_form, self._heldout_images = closed_form, heldout_images
+        self.heldout_draws, self.stability = heldout_draws, stability
+        self._looked_at: Tensor | None = None  # some held-out z
         self.closed_form_triplets, self.restoring = closed_form_triplets, restoring
         # By the name of its error. In a dict: it is no part of the module, nor of its state.
         self.others: dict[str, BiasCorrector] = {}
@@ -189,6 +204,12 @@ class CorrectorTraining(TrainingModule):
         if self._samples_triplets():
             self.null = self.prior.embed([""]).to(device)
             self.prior.to(device)
+        if self.heldout_draws > 1 and self._origins()[1] is not None and leads():
+            print(
+                "heldout/excess and heldout/floor are left out: the held-out triplets are stored, "
+                "with a single draw of eps each (data.heldout of images has them)",
+                flush=True,
+            )
 
     def on_fit_start(self) -> None:
         """Estimate the closed form of a hybrid, on one process for all.
@@ -265,7 +286,8 @@ class CorrectorTraining(TrainingModule):
     def on_validation_epoch_start(self) -> None:
         """Start the held-out errors afresh."""
         more = [*self.others, *(["restoring_loss"] if self.restoring else [])]
-        self.errors = CorrectorErrors(TIME_BINS, more).to(self.device)
+        excess = self.heldout_draws > 1 and self._origins()[1] is None
+        self.errors = CorrectorErrors(TIME_BINS, more, excess).to(self.device)
 
     def validation_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> None:
         """Held-out L_k of the averaged weights, beside the identity's and the closed form's."""
@@ -279,9 +301,14 @@ class CorrectorTraining(TrainingModule):
             if self.restoring is not None:
                 z = self.restoring.perturb(x.z, _of_key(batch.key[0], z_of=x.z), self.prior.latent)
                 restored = [averaged.correct(z, x.t, x.z_hat) - (z - x.z)]  # against ẑ, as b is
+            excess = None
+            if self.heldout_draws > 1 and isinstance(batch, ImageBatch):
+                how: Any = (batch.key, self.null, self.heldout_draws)
+                excess = heldout_excess(averaged, self.prior, x, *how)
         others = [other.correct(x.z, x.t, x.z_hat) for other in self.others.values()]
-        self.errors.update(x.z, x.z_hat, b, *others, *restored, t=x.t)
+        self.errors.update(x.z, x.z_hat, b, *others, *restored, t=x.t, excess=excess)
         if batch_idx == 0 and self.trainer.is_global_zero:
+            self._looked_at = x.z[: self.stability]
             order = x.t.argsort()[:: max(1, len(x.t) // 8)]
             names = ("z", "z_hat", "b(z, t)")
             # Stored latents can be trained on without the prior, but not decoded.
@@ -295,6 +322,28 @@ class CorrectorTraining(TrainingModule):
                 for i, t in ((int(i), float(x.t[i])) for i in order[::3])
             }
             show(self, "power spectra by t", "spectra", drawn(spectra_figure(spectra, names)))
+
+    def on_train_end(self) -> None:
+        """Say whether LMC-SDS with the averaged weights holds, on one process; see `stability`."""
+        z, trainer = self._looked_at, self.trainer
+        done = trainer.global_step >= trainer.max_steps and trainer.is_global_zero
+        if not done or not self.stability or z is None or not len(z):
+            return
+        run = Path(trainer.default_root_dir)
+        if not self._samples_triplets():
+            print(
+                "stability: left out, as the prior is not loaded (the data are stored triplets): "
+                f"lmc stability CONFIG --corrector {run} --out DIR",
+                flush=True,
+            )
+            return
+        averaged: Any = self.averaged
+        averaged.prior = self.corrector.prior
+        with torch.autocast(self.device.type, enabled=False):
+            how: Any = {"steps": FREE_STEPS, "time_range": self.time_range, "seed": self.seed}
+            result = stability_at(averaged.eval(), self.prior, z, quiet=True, **how)
+        write_stability(result, self.prior, run / "stability.json")
+        print(f"stability: {result['verdict']} ({run / 'stability.png'})", flush=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log the errors over all held-out images of all processes."""
