@@ -56,9 +56,9 @@ RATE = 0.2  # of the free run: a step moves z by this much of ẑ − b
 # which in 5,000 steps at the rates of a training is a factor of many, and above what 8 pictures
 # leave of noise.
 GROWS = -0.02
-# What of a free run is said to run away: of its way, how much more the second half takes it than the
-# first (a random walk 0.41 more, one that is pulled back less, one that is driven 1 and more);
-# saturated values besides those of the start; decades of power gained, mean over frequencies.
+# What of a free run is said to run away: how much further the second half takes it, over the first
+# (a random walk 0.41 as far, what is pulled back less, what is driven as far and more); saturated
+# values besides those of the start; decades of power gained, mean over frequencies.
 ONWARD, SATURATED, GAINED = 0.6, 0.1, 0.5
 
 
@@ -141,8 +141,9 @@ def free_run(
 ) -> tuple[Tensor, dict[str, list[float]]]:
     """Gradient descent along the corrective term alone, with a fresh t and eps in each step.
 
-    z ← z − RATE (b(z, t) − ẑ_t(z)), the mean of eps and −eps, kept in [-1, 1] where z is a picture. The pictures' t are
-    spread evenly over the range. Ends early where z is no longer finite, or far from the start.
+    z ← z − RATE (b(z, t) − ẑ_t(z)), the mean of eps and −eps, kept in [-1, 1] where z is a picture.
+    The pictures' t are spread evenly over the range. Ends early where z is no longer finite, or far
+    from the start.
 
     Args:
         corrector, prior, z, null, generator, advance: see `response`.

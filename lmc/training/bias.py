@@ -338,10 +338,9 @@ class CorrectorTraining(TrainingModule):
             )
             return
         averaged: Any = self.averaged
-        averaged.prior = self.corrector.prior
         with torch.autocast(self.device.type, enabled=False):
             how: Any = {"steps": FREE_STEPS, "time_range": self.time_range, "seed": self.seed}
-            result = stability_at(averaged.eval(), self.prior, z, quiet=True, **how)
+            result = stability_at(averaged, self.prior, z, quiet=True, **how)
         write_stability(result, self.prior, run / "stability.json")
         print(f"stability: {result['verdict']} ({run / 'stability.png'})", flush=True)
 

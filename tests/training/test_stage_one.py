@@ -1,5 +1,6 @@
 """Stage one's own options, run for real: hybrids, restoring trainings."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lmc.closed_form import training_triplets
 from lmc.corrector import Corrector
 from lmc.filter import HybridCorrector, estimate_filter
 from lmc.load import load_averaged, load_corrector
+from lmc.measure.correctors import evaluate_corrector
 from lmc.perturbations import Restoring
 from lmc.priors import DiffusersPrior
 from lmc.shards.images import ImageStream
@@ -225,6 +227,7 @@ def test_the_heldout_restoring_loss_is_that_of_perturbed_pictures(tiny_prior_fol
         model.null = prior.embed([""])
         answer = (lambda z, t: z) if name == "identity" else (lambda z, t: torch.zeros_like(z))
         model.averaged.forward = answer
+        model._origins = lambda: [None, None]
         model.on_validation_epoch_start()
         for number, batch in enumerate(ImageStream(f"{data}/heldout-*.tar", 16, 8, training=False)):
             model.validation_step(batch, 1 + number)
@@ -233,3 +236,48 @@ def test_the_heldout_restoring_loss_is_that_of_perturbed_pictures(tiny_prior_fol
     torch.testing.assert_close(found["restoring_loss"], found["identity_loss"])
     found = losses["nothing"]
     assert abs(found["restoring_loss"] - found["loss"]) > 0.01
+
+
+def test_the_excess_is_logged_by_t_and_is_that_of_evaluate_corrector(
+    tiny_prior_folder, data, stored, tmp_path, capsys
+):
+    args = worlds.bias_args(tiny_prior_folder, data, tmp_path / "run")
+    metrics = train_bias.main(args).trainer.callback_metrics
+    network, _ = load_averaged(tmp_path / "run")
+    prior = DiffusersPrior(str(tiny_prior_folder))
+    prior.to("cpu")
+    images = ImageStream(f"{data}/heldout-*.tar", 16, 7, training=False)
+    found = evaluate_corrector(network, prior, images)
+    for name in ("loss", "excess", "floor"):
+        assert metrics[f"heldout/{name}"].item() == pytest.approx(found[name], rel=1e-4)
+    assert {"heldout/excess/t0.2", "heldout/floor/t0.2"} <= set(metrics)
+    # One draw is today's figures, and as stored triplets have them they have none of these.
+    for name, more in (
+        ("one", ["--model.heldout_draws=1"]),
+        ("stored", [f"--data.heldout={stored}/heldout/*.tar"]),
+    ):
+        args = worlds.bias_args(tiny_prior_folder, data, tmp_path / name, *more)
+        others = train_bias.main(args).trainer.callback_metrics
+        assert "heldout/excess" not in others
+        if name == "one":
+            assert torch.equal(others["heldout/loss"], metrics["heldout/loss"])
+    assert capsys.readouterr().out.count("heldout/excess and heldout/floor are left out") == 1
+
+
+def test_a_stage_one_ends_with_its_stability(
+    tiny_prior_folder, data, stored, tmp_path, capsys, monkeypatch
+):
+    args = worlds.bias_args(tiny_prior_folder, data, tmp_path / "run", "--model.stability=2")
+    monkeypatch.setattr(bias, "FREE_STEPS", 3)
+    train_bias.main(args)
+    said = capsys.readouterr().out
+    assert "stability: " in said and f"({tmp_path / 'run' / 'stability.png'})" in said
+    result = json.loads((tmp_path / "run" / "stability.json").read_text())
+    assert result["images"] == 2 and result["verdict"] in said
+    assert (tmp_path / "run" / "stability.png").exists()
+    shards = [f"--data.train={stored}/train/*.tar", f"--data.heldout={stored}/heldout/*.tar"]
+    more = ["--model.stability=2", *shards]
+    train_bias.main(worlds.bias_args(tiny_prior_folder, data, tmp_path / "stored", *more))
+    said = capsys.readouterr().out
+    assert f"lmc stability CONFIG --corrector {tmp_path / 'stored'} --out DIR" in said
+    assert not (tmp_path / "stored" / "stability.json").exists()
