@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 # Loaded on first use: `import lmc` must not wait for torch or diffusers.
 _MODULES = {
     "lmc.corrector": ["Corrector", "IdentityCorrector"],
-    "lmc.filter": ["FilterCorrector"],
+    "lmc.filter": ["FilterCorrector", "HybridCorrector"],
     "lmc.translator": ["Translator"],
+    "lmc.measure.stability": ["stability"],
     "lmc.load": ["load_corrector", "load_translator"],
     "lmc.priors": ["DiffusersPrior", "Prior"],
     "lmc.losses": [

@@ -4,7 +4,8 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from lmc.configs import build, read_stage_one
 from lmc.corrector import Statistics
@@ -15,7 +16,7 @@ from lmc.priors import Prior
 from lmc.progress import Progress
 from lmc.release import check_out, stated, write_release
 from lmc.shards.images import ImageStream
-from lmc.shards.triplets import TripletStream, check_origin, triplet_origin, triplets_of
+from lmc.shards.triplets import Triplets, TripletStream, check_origin, triplet_origin, triplets_of
 
 
 def closed_form(
@@ -66,24 +67,15 @@ def closed_form(
     size = config.image_size or prior.image_size
     identity = prior.identity
     began = time.monotonic()
-    batches: Iterable[Any]
     if origin is not None:
         check_origin(origin, identity, config.time_range)
-        batches = TripletStream(config.train, batch_size, training=True, seed=seed)
     else:
         prior.to(device)
-        images = ImageStream(config.train, size, batch_size, training=True, seed=seed)
-        batches = triplets_of(images, prior, seed, config.time_range, device)
-    wanted = -(-triplets // batch_size)
-
-    def counted() -> Iterator[Any]:
-        with Progress("estimating", wanted * batch_size, "triplets") as progress:
-            for number, batch in enumerate(itertools.islice(batches, wanted), 1):
-                yield batch
-                progress.update(number * batch_size)
-
+    batches = training_triplets(
+        config.train, prior, triplets, size, batch_size, config.time_range, seed, device
+    )
     corrector = estimate_filter(
-        counted(), identity, bins, config.time_range, not each_channel, statistics
+        batches, identity, bins, config.time_range, not each_channel, statistics
     )
     seconds = time.monotonic() - began
     results = {}
@@ -94,8 +86,43 @@ def closed_form(
         results = evaluate_corrector(
             corrector.to(device), prior, heldout, time_range=config.time_range, device=device
         )
-    how = f"estimated from {wanted * batch_size} triplets in {seconds:.0f} s"
+    how = f"estimated from {-(-triplets // batch_size) * batch_size} triplets in {seconds:.0f} s"
     write_release(corrector.cpu(), out, how, terms, results)
     print(f"{how}; released to {out}")
     for name, value in results.items():
         print(f"  held-out {name}: {value:.4f}")
+
+
+def training_triplets(
+    train: str,
+    prior: Prior,
+    count: int,
+    image_size: int,
+    batch_size: int,
+    time_range: tuple[float, float],
+    seed: int,
+    device: torch.device | str,
+) -> Iterator[Triplets]:
+    """Triplets of training data, read if they are stored and else sampled, with progress.
+
+    Args:
+        train: shards of triplets or of images.
+        prior: loaded, on `device`, if they are of images.
+        count: how many, up to the next whole batch.
+        image_size: of the images in the shards.
+        batch_size: of triplets.
+        time_range: t is uniform in it; stored triplets have their own.
+        seed: of their order, t and eps.
+        device: where to compute.
+    """
+    batches: Iterable[Triplets]
+    if triplet_origin(train) is not None:
+        batches = TripletStream(train, batch_size, training=True, seed=seed)
+    else:
+        images = ImageStream(train, image_size, batch_size, training=True, seed=seed)
+        batches = triplets_of(images, prior, seed, time_range, device)
+    wanted = -(-count // batch_size)
+    with Progress("estimating", wanted * batch_size, "triplets") as progress:
+        for number, batch in enumerate(itertools.islice(batches, wanted), 1):
+            yield batch
+            progress.update(number * batch_size)

@@ -1,7 +1,7 @@
 """The corrector b̂_ψ and the normalised space it is trained and applied in. Never calls a prior.
 
-`Corrector` is the paper's U-Net. `FilterCorrector` is estimated in closed form from a few thousand
-triplets, and `IdentityCorrector` corrects nothing; all three are used alike.
+`Corrector` is the paper's U-Net. `lmc.filter` has one that is estimated in closed form from a few
+thousand triplets, and one that is both; `IdentityCorrector` corrects nothing. All are used alike.
 """
 
 import hashlib

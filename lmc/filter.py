@@ -1,15 +1,19 @@
-"""The closed-form corrector: a linear filter of z, estimated from triplets instead of trained."""
+"""Correctors in closed form, a linear filter of z that is estimated from triplets, not trained.
 
-from collections.abc import Iterable, Mapping
+`FilterCorrector` is nothing else; `HybridCorrector` is that and a U-Net, trained, for the rest.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmc.corrector import BiasCorrector, Statistics
 from lmc.hub import HubNetwork
 from lmc.schedule import TIME_RANGE
 from lmc.shards.triplets import Triplets
+from lmc.unet import ENCODING, Norm, UNet, concatenate_condition, frequency_encoding
 
 
 class FilterCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
@@ -88,6 +92,77 @@ class FilterCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
         below = at.floor().long()
         share = (at - below).view(-1, *[1] * (by_bin.ndim - 1))
         return torch.lerp(by_bin[below], by_bin[(below + 1).clamp(max=last)], share)
+
+
+class HybridCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
+    """b̂(z, t) = closed form (z, t) + U-Net([z, enc(t)]): the network has only the rest to learn.
+
+    The U-Net's last layer is zero at first and no tanh follows it, so that training starts as the
+    closed form exactly.
+
+    Args:
+        channels: of z.
+        closed_form: arguments of `FilterCorrector`: size, and those that are not its defaults.
+        widths: filters per level of the U-Net; the last is the middle level.
+        norm: see `UNet`.
+        statistics, prior: see `BiasCorrector`; of the whole.
+
+    Raises:
+        ValueError: z has a side that the U-Net cannot halve, or see `UNet` and `FilterCorrector`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        closed_form: Mapping[str, Any],
+        widths: Sequence[int] = (32, 64, 128, 256, 512),
+        norm: Norm = "none",
+        statistics: Statistics = "image",
+        prior: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(statistics, prior)
+        self.closed_form = FilterCorrector(channels, **closed_form, statistics=statistics)
+        self.unet = UNet(channels + ENCODING, channels, widths, norm, bounded=False)
+        self.unet.check_size(closed_form["size"])
+        nn.init.zeros_(self.unet.last.weight)
+        assert self.unet.last.bias is not None
+        nn.init.zeros_(self.unet.last.bias)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """See `BiasCorrector.forward`.
+
+        Raises:
+            ValueError: z is not of the closed form's channels and size.
+        """
+        rest = self.unet(concatenate_condition(z, frequency_encoding(t)))
+        return self.closed_form(z, t) + rest
+
+    def begin_with(self, closed_form: FilterCorrector) -> None:
+        """Have the filter of a closed-form corrector, of the same channels, size and time range.
+
+        Raises:
+            ValueError: it is of others.
+        """
+        mine, its = self.closed_form.arguments, closed_form.arguments
+        for name in ("channels", "size", "time_range"):
+            here, there = (plain(arguments[name]) for arguments in (mine, its))
+            if here != there:
+                raise ValueError(f"the closed form's {name} is {there}, this corrector's {here}")
+        kept = {name: its[name] for name in ("size", "bins", "time_range", "mix_channels")}
+        if any(mine[name] != its[name] for name in ("bins", "mix_channels")):
+            new = FilterCorrector(its["channels"], **kept, statistics=self.statistics)
+            self.closed_form = new.to(self.closed_form.gain.device)
+            self.arguments["closed_form"] = kept
+        self.closed_form.load_state_dict(closed_form.state_dict())
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any network of the hub; with what `begin_with` has changed."""
+        return super().save_pretrained(*args, **{"config": self.arguments, **kwargs})
+
+
+def plain(value: Any) -> Any:
+    """A pair as a list, which a config that was read has in its place."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def apply_gain(gain: Tensor, spectrum: Tensor, mix_channels: bool) -> Tensor:

@@ -6,14 +6,18 @@ from pickle import UnpicklingError
 import torch
 
 from lmc.corrector import BiasCorrector, Corrector
-from lmc.filter import FilterCorrector
+from lmc.filter import FilterCorrector, HybridCorrector
 from lmc.hub import load_released
 from lmc.translator import Translator
 
-Network = Corrector | FilterCorrector | Translator
-KINDS: dict[str, type[Network]] = {"Corrector": Corrector, "Translator": Translator}
-CORRECTORS: dict[str, type[Corrector | FilterCorrector]] = {
+ReleasedCorrector = Corrector | FilterCorrector | HybridCorrector
+Network = ReleasedCorrector | Translator
+KINDS: dict[str, type[Network]] = {
+    kind.__name__: kind for kind in (Corrector, HybridCorrector, Translator)
+}  # that are trained
+CORRECTORS: dict[str, type[ReleasedCorrector]] = {
     "bounded": Corrector,
+    "closed_form": HybridCorrector,
     "size": FilterCorrector,
 }  # by a key that only a release of this kind has; older ones lack some others
 
@@ -82,14 +86,14 @@ def load_translator(path: str) -> Translator:
 
 
 def load_corrector(pretrained: str) -> BiasCorrector:
-    """A released corrector of either kind, from its folder or hub id[@revision].
+    """A released corrector of any kind, from its folder or hub id[@revision].
 
     Raises:
         FileNotFoundError: it is no release folder and cannot be fetched.
         ValueError: it is the release of something else.
     """
     try:
-        corrector: Corrector | FilterCorrector = load_released(pretrained, CORRECTORS)
+        corrector: ReleasedCorrector = load_released(pretrained, CORRECTORS)
     except OSError as error:
         raise FileNotFoundError(
             f"no released corrector at {pretrained}: train one (train_bias.py) and release it "

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lmc.corrector import BiasCorrector, Corrector, IdentityCorrector, Statistics
+from lmc.corrector import BiasCorrector, IdentityCorrector, Statistics
 from lmc.load import load_corrector
 from lmc.priors import Embedding, LoraPrior, Prior
 from lmc.schedule import (
@@ -29,6 +29,7 @@ from lmc.schedule import (
     ddim_step,
     guide,
 )
+from lmc.unet import UNet
 
 Weighting = Literal["one", "dreamfusion", "fantasia3d"]
 
@@ -294,8 +295,9 @@ class LMC(ScoreDistillation):
         """Move the corrector."""
         super().prepare(prior, device)
         self.corrector.to(device)
-        if isinstance(self.corrector, Corrector):
-            self.corrector.to(memory_format=torch.channels_last)
+        for part in self.corrector.modules():
+            if isinstance(part, UNet):
+                part.to(memory_format=torch.channels_last)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         z_t = _noisy(prior, x.z, x)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lmc.corrector import Corrector, IdentityCorrector, corrector_loss, normalise
-from lmc.filter import FilterCorrector, estimate_filter
+from lmc.filter import FilterCorrector, HybridCorrector, estimate_filter
 from lmc.load import load_corrector
 from lmc.shards.triplets import Triplets, draw_t_and_eps, sample_triplets
 from lmc.translator import Translator
@@ -397,7 +397,7 @@ def test_what_is_no_corrector_is_refused_by_what_it_holds(tmp_path):
         load_corrector(str(tmp_path))
     file = tmp_path / "config.json"
     file.write_text('{"classes": ["dog"], "image_size": 16, "widths": [8, 16]}')
-    with pytest.raises(ValueError, match=r"no Corrector or F.* has classes, image_size, widths$"):
+    with pytest.raises(ValueError, match=r"no Corrector or H.* has classes, image_size, widths$"):
         load_corrector(str(tmp_path))
     Corrector(widths=[8, 8]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="names no prior"):
@@ -410,3 +410,73 @@ def test_no_statistics_leave_the_output_and_others_can_be_asked_for():
     assert torch.equal(corrector.correct(z, t, z_hat, "none"), z)
     assert torch.equal(corrector.correct(z, t, z_hat), normalise(z, z_hat, "image"))
     assert torch.equal(corrector.correct(z, t, z_hat, "channel"), normalise(z, z_hat, "channel"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Both
+
+
+def hybrid(statistics: str = "image", **options) -> tuple[HybridCorrector, FilterCorrector]:
+    """Of two channels, begun with an estimated filter, and that filter."""
+    found = estimate_filter(filtered(40, 0, noise=0.3), {}, 2, (0, 1), statistics=statistics)
+    its = {"size": 8, "time_range": (0, 1), **options}
+    network = HybridCorrector(2, its, (4, 8), statistics=statistics, prior={"digest": "0"})
+    network.begin_with(found)
+    return network.double(), found.double()
+
+
+@pytest.mark.parametrize("statistics", ["image", "none"])
+@pytest.mark.parametrize("options", [{"bins": 2}, {}])  # of the found one's shape, and another's
+def test_a_hybrid_starts_as_the_closed_form_and_learns_the_rest(statistics, options):
+    torch.manual_seed(0)
+    network, found = hybrid(statistics, **options)
+    x = filtered(1, 1)[0]
+    assert torch.equal(network(x.z, x.t), found(x.z, x.t))
+    wanted = found.correct(x.z, x.t, x.z_hat)
+    assert torch.equal(network.correct(x.z, x.t, x.z_hat), wanted)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    losses = []
+    for _ in range(100):
+        loss = corrector_loss(network.correct(x.z, x.t, x.z_hat), x.z_hat).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(network.closed_form.gain, found.gain)  # which is no parameter
+
+
+@pytest.mark.parametrize("bins", [2, 3])
+def test_a_hybrid_is_released_and_loaded_as_the_others_are(tmp_path, bins):
+    network, _ = hybrid(bins=bins)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(network.unet.last.weight)
+    network.float().save_pretrained(tmp_path)
+    loaded = load_corrector(str(tmp_path))
+    assert isinstance(loaded, HybridCorrector) and loaded.statistics == "image"
+    x = filtered(1, 1)[0]
+    z, t, z_hat = x.z.float(), x.t.float(), x.z_hat.float()
+    assert torch.equal(loaded.correct(z, t, z_hat), network.correct(z, t, z_hat))
+    assert loaded.digest() == network.digest()
+    loaded.check_prior({"digest": "0"})
+    with pytest.raises(ValueError, match="valid for the prior"):
+        loaded.check_prior({"digest": "1"})
+    before = network.digest()
+    network.closed_form.offset[0, 0, 0, 0] += 1
+    assert network.digest() != before
+
+
+def test_a_hybrid_says_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"halves the image 2 times.* 18 cannot be: 16 or 20"):
+        HybridCorrector(3, {"size": 18}, (8, 8, 8))
+    network = HybridCorrector(2, {"size": 8}, (4, 8))
+    for name, other in (
+        ("size is 16, this corrector's 8", FilterCorrector(2, 16)),
+        ("channels is 3, this corrector's 2", FilterCorrector(3, 8)),
+        (
+            r"time_range is \[0, 1\], this.* \[0.02, 0.98\]",
+            FilterCorrector(2, 8, time_range=(0, 1)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"the closed form's {name}"):
+            network.begin_with(other)

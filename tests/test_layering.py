@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "lmc"
 # Modules and wings, along the data; those of one line know nothing of each other's order.
 ORDER = (
     *("files", "errors", "typos", "device", "progress", "schedule", "configs", "unet", "hub"),
+    "perturbations",
     "priors",
     "shards",
     *("corrector", "filter", "translator", "load", "translate"),

@@ -59,6 +59,7 @@ def bias_args(prior: Path, data: str, run: Path, *more: str) -> list[str]:
         "--model.prior=lmc.priors.DiffusersPrior",
         f"--model.prior.init_args.pretrained={prior}",
         "--model.widths=[8,8]",
+        "--model.stability=0",
         *common(data),
         *more,
     ]

@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lmc.closed_form.closed_form",
         "estimate a closed-form corrector, in seconds, in place of stage one",
     ),
+    "stability": (
+        "lmc.measure.stability.stability_command",
+        "whether LMC-SDS with a corrector holds or runs away, without a training",
+    ),
     "evaluate": (
         "lmc.measure.commands.evaluate",
         "measure translators and folders of images on held-out images",
@@ -64,6 +68,7 @@ STAGES = {
     "compare": ("lmc.training.translator", "TranslatorTraining"),
     "triplets": ("lmc.training.bias", "CorrectorTraining"),
     "closed_form": ("lmc.training.bias", "CorrectorTraining"),
+    "stability": ("lmc.training.bias", "CorrectorTraining"),
 }
 
 

@@ -88,6 +88,7 @@ class DiffusersPrior:
         self.channels, self.image_size = read_denoiser(self._files, self.family)
         self.latent = self.family.latent
         latents = read_latents(self._files, self.family, self.channels)
+        self.z_size = self.image_size  # the side of z
         self.image_size *= latents.factor
         self.latent_scale, self.latent_shift = latents.scale, latents.shift
         self._vae_dtype = torch.float32 if latents.upcast else self.dtype

@@ -111,7 +111,10 @@ class TrainingModule(LightningModule):
     ) -> None:
         super().__init__()
         require(0 <= ema_decay < 1, "model.ema_decay", "in [0, 1)", ema_decay)
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network
+        for weight in network.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(self.network)
         self.ema.requires_grad_(False)
         self.adam, self.ema_decay, self.seed = optimizer, ema_decay, seed

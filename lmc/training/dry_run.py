@@ -27,7 +27,8 @@ from lmc.training.validation import Validation
 
 DENOISERS, CODERS = ("unet", "transformer"), ("vae",)
 PARTS = (*DENOISERS, *CODERS, "text_encoder*", "tokenizer*", "scheduler")
-UNKNOWN = SimpleNamespace(channels=3, latent=False, image_size=None)  # a prior that is not here
+# A prior that is not here; any side that can be halved will do.
+UNKNOWN = SimpleNamespace(channels=3, latent=False, image_size=None, z_size=1 << 12)
 COUNTED = 100  # shards whose samples are counted; of more, the number is an estimate
 
 
@@ -194,7 +195,14 @@ def evaluations(model: Mapping[str, Any], images: int) -> str:
     each, what = per_image(model)
     if each is None:
         return f"not known of the loss {what}"
-    return f"{each * images:,} of the denoiser = {each} per image and step ({what}) x {images:,}"
+    before, note = 0, ""
+    if model.get("kind") == "hybrid" and model["closed_form"] is None:
+        before = model["closed_form_triplets"]
+        note = f", and {before:,} before for the closed form"
+    return (
+        f"{each * images + before:,} of the denoiser = {each} per image and step ({what}) x "
+        f"{images:,}{note}"
+    )
 
 
 def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:

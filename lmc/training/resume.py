@@ -15,6 +15,8 @@ OF_MODEL = (
     "model.validation",
     "model.closed_form",
     "model.heldout_images",
+    "model.heldout_draws",
+    "model.stability",
     "model.prior.cache_dir",
     "model.prior.compile",
     "model.prior.channels_last",
