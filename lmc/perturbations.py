@@ -119,7 +119,7 @@ ADDITIVE = ("cast", "noise", "stripes")
 # How often each is drawn in a restoring training, and the most of it.
 WEIGHTS = {"none": 1.0, **dict.fromkeys(PERTURBATIONS, 1.0)}
 MAXIMA = {
-    **{"cast": 0.5, "noise": 0.3, "stripes": 0.3},
+    **{"cast": 0.3, "noise": 0.3, "stripes": 0.3},
     **{"contrast": 0.5, "blur": 1.5 / 32, "mix": 0.5},
 }
 
@@ -160,8 +160,9 @@ class Restoring:
     Trained so, b answers δ whole, J_b δ = δ, and as the denoiser answers no perturbation more than
     whole, z is pulled back along δ; on clean pictures b stays the paper's, so that nothing
     pulls along the manifold and detail is kept. The triplet is the clean picture's: there is no
-    further evaluation of the denoiser. Eq. 10's normalisation would cancel the pull on contrast;
-    such a corrector has none (statistics 'none').
+    further evaluation of the denoiser. b̂ is trained without Eq. 10's normalisation, which would
+    cancel what it answers to contrast, and applied with it: of pictures of strong contrast the
+    denoiser is sure at times where b̂ is not, and their contrast would grow without it.
 
     Args:
         weights: how often each kind of δ is drawn, relative to the others, by name: none, cast,

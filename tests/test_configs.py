@@ -92,10 +92,11 @@ def test_configs_build_their_training(
     if stage == "translator":
         rows = model.prior.embed(model.prompts).tensors  # its classes are classes of the prior
         assert {len(value) for value in rows.values()} == {2 + len(model.translator.classes)}
-        assert data.image_size is None and model.image_size == (64 if which == "demo" else 256)
+        assert data.image_size is None and model.image_size == (32 if which == "demo" else 256)
     else:
-        assert model.corrector.unet.bounded is not model.prior.latent
-        assert data.image_size == (64 if which == "demo" else None)
+        bounded = which != "demo" and not model.prior.latent  # the demo's is a hybrid
+        assert model.corrector.unet.bounded is bounded
+        assert data.image_size == (32 if which == "demo" else None)
         assert model.image_size == model.prior.image_size
     if which in ("paper", "if-m"):
         size = sum(p.numel() for p in model.network.parameters())

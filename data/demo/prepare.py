@@ -1,14 +1,9 @@
 """Draw the demo world: animals for stage one, cats for stage two, and what these should become.
 
-Three in four of stage one's pictures are seen under coloured light of any exposure. The corrector
-must be right wherever a translator may go, off the prior's manifold as well: OpenImages is that
-much wider than photographs of cats. Without it, b reacts too little to a cast of colour, b - z_hat
-then strengthens that cast, and translators drift towards violet.
-
     python data/demo/prepare.py --out runs/demo/data
 
 writes animals/ and cats/, each with train-*.tar, heldout-*.tar (the 5 % whose names have the
-smallest SHA-256) and index.json; and to measure with, none of it under coloured light:
+smallest SHA-256) and index.json; and to measure with:
 
 - truth/CLASS/KEY.png for each held-out cat KEY and each of the other animals: the same pose, light
   and background, drawn as that animal. It is the translation that is wanted (`--truth`);
@@ -44,33 +39,17 @@ def encode(image: torch.Tensor) -> bytes:
     return file.getvalue()
 
 
-def coloured_light(images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    """Three in four pictures with contrast times 0.6 ... 1.4 and each channel moved by up to 0.6.
-
-    Args:
-        images: (B, 3, H, W) in [-1, 1].
-        seeds: int64 (B,); the light follows from them alone.
-    """
-    u = torch.stack([torch.rand(5, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
-    shift, gain = 1.2 * (u[:, :3] - 0.5), 0.6 + 0.8 * u[:, 3:4]
-    lit = (images * gain[:, :, None, None] + shift[:, :, None, None]).clamp(-1, 1)
-    return torch.where((u[:, 4] < 0.75)[:, None, None, None], lit, images)
-
-
 def samples(
     names: list[str],
     class_ids: torch.Tensor,
     seeds: torch.Tensor,
     size: int,
     split: str,
-    light: bool,
 ) -> Iterator[Sample]:
     """The shard samples of some pictures, drawn as they are asked for."""
     for start in range(0, len(names), 250):
         part = slice(start, start + 250)
         images = draw(class_ids[part], seeds[part], size)
-        if light:
-            images = coloured_light(images, seeds[part])
         for name, class_id, image in zip(
             names[part], class_ids[part].tolist(), images, strict=True
         ):
@@ -88,14 +67,8 @@ def named(
     return names, class_ids, seeds
 
 
-def prepare(
-    out: Path, classes: list[str], count: int, size: int, first_seed: int, light: bool = False
-) -> None:
-    """Write `count` pictures of `classes`, evenly, as the shards of one folder.
-
-    Args:
-        light: under coloured light, see `coloured_light`.
-    """
+def prepare(out: Path, classes: list[str], count: int, size: int, first_seed: int) -> None:
+    """Write `count` pictures of `classes`, evenly, as the shards of one folder."""
     start = time.time()
     for old in out.glob("*.tar"):  # of a larger set: a reader would take them for this one's
         old.unlink()
@@ -110,9 +83,7 @@ def prepare(
         index[split] = len(chosen)
         for shard in range(-(-len(chosen) // SHARD)):
             pick = torch.tensor(chosen[shard * SHARD : (shard + 1) * SHARD])
-            drawn = samples(
-                [names[i] for i in pick], class_ids[pick], seeds[pick], size, split, light
-            )
+            drawn = samples([names[i] for i in pick], class_ids[pick], seeds[pick], size, split)
             done += write_shard(out / f"{split}-{shard:05d}.tar", drawn)
             seconds = time.time() - start
             left = seconds / done * (count - done)
@@ -143,7 +114,7 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=100, help="pictures of each other animal")
     args = parser.parse_args()
     out, size = args.out, args.size
-    prepare(out / "animals", list(CLASSES), args.count, size, ANIMALS, light=True)
+    prepare(out / "animals", list(CLASSES), args.count, size, ANIMALS)
     write_truth(out / "truth", args.count, size, CATS)
     prepare(out / "real", TARGETS, args.real * len(TARGETS), size, REAL)
     prepare(out / "cats", ["cat"], args.count, size, CATS)

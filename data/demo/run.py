@@ -42,7 +42,7 @@ def corrector_errors() -> dict[str, float]:
 
     prior = DiffusersPrior("data/demo/prior")
     prior.to("cpu")
-    heldout = ImageStream(f"{OUT}/data/animals/heldout-*.tar", 64, 50, training=False)
+    heldout = ImageStream(f"{OUT}/data/animals/heldout-*.tar", 32, 50, training=False)
     return evaluate_corrector(load_corrector(f"{OUT}/release/corrector"), prior, heldout)
 
 
@@ -56,16 +56,17 @@ def main() -> None:
     start = time.monotonic()
     if args.fresh:
         shutil.rmtree(OUT, ignore_errors=True)
-    if not (OUT / "data/cats/index.json").exists():
+    if not ((OUT / "data/truth").exists() and (OUT / "data/cats/index.json").exists()):
         call("data/demo/prepare.py", "--out", OUT / "data", "--count", str(args.count))
-    # Before torch is imported: on two cores two such trainings do more than one with two threads.
-    os.environ["OMP_NUM_THREADS"] = "1"
     steps = [f"--trainer.max_steps={args.steps}"] if args.steps else []
     call("train_bias.py", "fit", "--config", "configs/bias/demo.yaml", *steps)
+    # Before torch is imported: on two cores two such trainings do more than one with two threads.
+    os.environ["OMP_NUM_THREADS"] = "1"
     lmc("release", OUT / "bias", "--out", OUT / "release/corrector")
     lmc(
         *("compare", "configs/translator/demo.yaml", "--losses", ",".join(LOSSES), "--jobs", "2"),
-        *("--clip", "data/demo/clip", "--out", COMPARISON, "--", *steps),
+        *("--clip", "data/demo/clip", "--truth", OUT / "data/truth"),
+        *("--real", f"{OUT}/data/real/*.tar", "--out", COMPARISON, "--", *steps),
     )
     for name in LOSSES:
         lmc(

@@ -47,8 +47,7 @@ class CorrectorTraining(TrainingModule):
         prior: the frozen diffusion model.
         widths: filters per level of the U-Net; the last is the middle level.
         norm: 'none' as in the paper, or 'group'.
-        statistics: of Eq. 10: per 'image' (the paper's), per 'channel' or 'none'. None is 'image',
-            and 'none' in a restoring training.
+        statistics: of Eq. 10: per 'image' (the paper's), per 'channel' or 'none'.
         bounded: end in tanh; None is true for a pixel prior and false for a latent one, whose z
             has no bound, and for a hybrid.
         kind: what is trained: 'unet', the paper's `Corrector`; or 'hybrid', a closed form, which is
@@ -85,7 +84,7 @@ class CorrectorTraining(TrainingModule):
         prior: Prior,
         widths: Sequence[int] = (32, 64, 128, 256, 512),
         norm: Norm = "none",
-        statistics: Statistics | None = None,
+        statistics: Statistics = "image",
         bounded: bool | None = None,
         kind: Kind = "unet",
         closed_form_triplets: int = 4000,
@@ -105,14 +104,6 @@ class CorrectorTraining(TrainingModule):
             )
         require(heldout_draws >= 1, "model.heldout_draws", "at least 1", heldout_draws)
         require(stability >= 0, "model.stability", "at least 0", stability)
-        if statistics is None:
-            statistics = "image" if restoring is None else "none"
-        require(
-            restoring is None or statistics == "none",
-            "model.statistics of a restoring training",
-            "none, or null: Eq. 10 would cancel the pull on contrast",
-            statistics,
-        )
         with about("model"):
             check_time_range(time_range)
             corrector = _network(
@@ -269,15 +260,15 @@ class CorrectorTraining(TrainingModule):
         checkpoint["network"]["config"]["prior"] = plain(self.corrector.prior)
 
     def training_step(self, batch: ImageBatch | TripletBatch, batch_idx: int) -> Tensor:
-        """L_k, mean over the batch; in a restoring training that of b̂(z + δ, t) to ẑ + δ."""
+        """L_k, mean over the batch; of a restoring training ‖ẑ + δ − b̂(z + δ, t)‖²."""
         generator = self.generator()
         x = self.triplets(batch, generator)
         self.batches_done += 1
-        z, wanted = x.z, x.z_hat
-        if self.restoring is not None:
+        if self.restoring is None:
+            losses = corrector_loss(self.corrector.correct(x.z, x.t, x.z_hat), x.z_hat)
+        else:
             z = self.restoring.perturb(x.z, generator, self.prior.latent)
-            wanted = x.z_hat + (z - x.z)
-        losses = corrector_loss(self.corrector.correct(z, x.t, wanted), wanted)
+            losses = corrector_loss(self.corrector(z, x.t), x.z_hat + (z - x.z))
         self.watch(losses[:, None], x.t, batch.key, "L_k")
         self.log("train/loss", losses.mean())
         self.log_by_time("train/loss_by_t", losses.detach(), x.t)
@@ -300,7 +291,7 @@ class CorrectorTraining(TrainingModule):
             b = averaged.correct(x.z, x.t, x.z_hat)
             if self.restoring is not None:
                 z = self.restoring.perturb(x.z, _of_key(batch.key[0], z_of=x.z), self.prior.latent)
-                restored = [averaged.correct(z, x.t, x.z_hat) - (z - x.z)]  # against ẑ, as b is
+                restored = [averaged(z, x.t) - (z - x.z)]  # against ẑ, as b is
             excess = None
             if self.heldout_draws > 1 and isinstance(batch, ImageBatch):
                 how: Any = (batch.key, self.null, self.heldout_draws)

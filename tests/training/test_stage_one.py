@@ -133,10 +133,6 @@ def test_a_hybrid_begins_with_a_released_closed_form(
         (["--model.kind=hybrid", "--model.closed_form_triplets=10"], "at least 64, some hundred"),
         (["--model.kind=hybrid", "--model.bounded=true"], "bounded is of kind unet"),
         (["--model.restoring.weights={tint: 1}"], "weights must be by name of none, cast"),
-        (
-            ["--model.restoring.maxima={cast: 0.2}", "--model.statistics=image"],
-            "model.statistics of a restoring training must be none, or null",
-        ),
     ],
 )
 def test_what_a_stage_one_cannot_be_is_said(tiny_prior_folder, data, tmp_path, options, words):
@@ -177,7 +173,7 @@ def test_a_dry_run_knows_of_the_closed_form(tiny_prior_folder, data, tmp_path, c
 def test_a_restoring_training_is_of_perturbed_pictures(
     tiny_prior_folder, data, tmp_path, monkeypatch
 ):
-    """b̂(z + δ, t) to ẑ + δ, from one evaluation an image, without statistics."""
+    """b̂(z + δ, t) to ẑ + δ, from one evaluation an image, not normalised; applied, it is."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     sampled: list[bias.Triplets] = []
     loss, sample = bias.corrector_loss, bias.sample_triplets
@@ -192,11 +188,14 @@ def test_a_restoring_training_is_of_perturbed_pictures(
         return sampled[-1]
 
     inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
 
     def look(self, z, t):
+        b_hat = forward(self, z, t)
         if torch.is_grad_enabled():
             inputs.append(z)
-        return forward(self, z, t)
+            outputs.append(b_hat)
+        return b_hat
 
     monkeypatch.setattr(bias, "corrector_loss", noting)
     monkeypatch.setattr(bias, "sample_triplets", note)
@@ -206,11 +205,12 @@ def test_a_restoring_training_is_of_perturbed_pictures(
     )
     metrics = train_bias.main(args).trainer.callback_metrics
     assert len(inputs) == len(sampled) == len(seen) == 4
-    for z, x, (_, wanted) in zip(inputs, sampled, seen, strict=True):
+    for z, b_hat, x, (b, wanted) in zip(inputs, outputs, sampled, seen, strict=True):
+        assert b is b_hat
         assert not torch.equal(z, x.z) and z.abs().max() <= 1
         torch.testing.assert_close(wanted - x.z_hat, z - x.z, rtol=0, atol=1e-6)
     network, _ = load_averaged(tmp_path)
-    assert network.statistics == "none"
+    assert network.statistics == "image"
     assert metrics["heldout/restoring_loss"] > 0
     assert metrics["heldout/restoring_loss"] != metrics["heldout/loss"]
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
@@ -235,7 +235,7 @@ def test_the_heldout_restoring_loss_is_that_of_perturbed_pictures(tiny_prior_fol
     found = losses["identity"]
     torch.testing.assert_close(found["restoring_loss"], found["identity_loss"])
     found = losses["nothing"]
-    assert abs(found["restoring_loss"] - found["loss"]) > 0.01
+    assert abs(found["restoring_loss"] - found["loss"]) > 0.003
 
 
 def test_the_excess_is_logged_by_t_and_is_that_of_evaluate_corrector(
