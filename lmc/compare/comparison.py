@@ -97,7 +97,7 @@ def compare(
     print(text)
     # Of each loss the first seed that did not fail.
     shown = {run.spec.label: run.folder for run in reversed(runs) if run.name not in failed}
-    lines += draw(dict(reversed(shown.items())), common, out)
+    lines += draw(dict(reversed(shown.items())), common, out, beside.truth)
     print(f"written: {out}/table.md, results.json, grid.png")
     problem = ""
     try:

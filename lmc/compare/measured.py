@@ -157,16 +157,23 @@ def not_measured(run: Run, error: Exception) -> dict[str, Any]:
     return {"failed": why, "log": str(log)}
 
 
-def draw(runs: Mapping[str, Path], config: Mapping[str, Any], out: Path) -> list[str]:
-    """grid.png: held-out images, then a block a loss with a row a class, of the same images.
+def draw(
+    runs: Mapping[str, Path], config: Mapping[str, Any], out: Path, truth: Truth | None = None
+) -> list[str]:
+    """grid.png: held-out images, their true counterparts, and of each loss what it makes of them.
 
     Returns:
         A line for each loss that could not be drawn.
     """
     data, model = config["data"], config["model"]
     stream = ImageStream(data["heldout"], data["image_size"], PICTURES, training=False)
-    source = next(iter(stream)).image
+    batch = next(iter(stream))
+    source = batch.image
     blocks = {"held-out images": {model["source"]: source}}
+    if truth is not None:
+        blocks["true counterparts"] = {
+            target: truth(batch.key, source, target) for target in model["classes"]
+        }
     lines: list[str] = []
     for label, run in runs.items():
         try:

@@ -32,11 +32,13 @@ def labelled_grid(blocks: Mapping[str, Mapping[str, Tensor]]) -> Any:
 
     Args:
         blocks: by block title, by row label: float (N, 3, H, W) in [-1, 1], the same in all.
+            Pictures of less than 64 pixels are enlarged, pixel by pixel, to about as many.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     first = next(iter(next(iter(blocks.values())).values()))
-    count, _, side, width = first.shape
+    zoom = max(1, 64 // first.shape[2])
+    count, side, width = first.shape[0], first.shape[2] * zoom, first.shape[3] * zoom
     margin, title = 76, 18
     rows = sum(len(block) for block in blocks.values())
     size = (margin + count * (width + 2), rows * (side + 2) + title * len(blocks))
@@ -48,6 +50,7 @@ def labelled_grid(blocks: Mapping[str, Mapping[str, Tensor]]) -> Any:
         y += title
         for label, images in block.items():
             draw.text((4, y + side // 2 - 7), label, "black", font)
+            images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
             pixels = (grid(images, gap=1) * 255).round().byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(pixels), (margin, y))
             y += side + 2

@@ -60,6 +60,7 @@ GROWS = -0.02
 # (a random walk 0.41 as far, what is pulled back less, what is driven as far and more); saturated
 # values besides those of the start; decades of power gained, mean over frequencies.
 ONWARD, SATURATED, GAINED = 0.6, 0.1, 0.5
+SETTLED = 40  # steps before which pictures of every corrector, and of SDS, still move on
 
 
 def kinds(size: int) -> dict[str, tuple[Perturbation, float, bool]]:
@@ -271,8 +272,9 @@ def verdict(result: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether it holds, and a line or two on it.
 
     It runs away in the kinds of perturbation whose r is below `GROWS` on average over t, by which a
-    training moves z; or where the free run moves on in its second half (`ONWARD`), ends with
-    `SATURATED` more of the values saturated, or has gained `GAINED` decades of power.
+    training moves z; or where a free run of `SETTLED` steps and more moves on in its second half
+    (`ONWARD`), or any ends with `SATURATED` more of the values saturated or has gained `GAINED`
+    decades of power.
 
     Args:
         result: of `stability_at`, without the verdict.
@@ -280,7 +282,7 @@ def verdict(result: Mapping[str, Any]) -> tuple[bool, str]:
     mean, history = result["mean"], result["free_run"]
     growing = sorted((name for name in mean if mean[name] < GROWS), key=lambda name: mean[name])
     ran = []
-    if history and len(history["rmse"]) > 2:
+    if history and history["step"][-1] >= SETTLED:
         half, end = history["rmse"][len(history["rmse"]) // 2], history["rmse"][-1]
         ran += (
             [f"move on and on (RMSE {half:.2f}, then {end:.2f})"]
@@ -351,7 +353,9 @@ def write_stability(result: Mapping[str, Any], prior: Prior, file: Path) -> None
     axes.imshow(values, cmap="RdBu", vmin=-0.5, vmax=0.5, aspect="auto")
     for row, line in enumerate(values.tolist()):
         for column, value in enumerate(line):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            color = "white" if abs(value) > 0.3 else "black"
+            said = f"{value:.2f}"
+            axes.text(column, row, said, ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(values.shape[1]), [*(f"{t:g}" for t in result["times"]), "mean"])
     axes.set_yticks(range(len(values)), list(result["response"]))
     axes.set(xlabel="t", title="r: pulled back (blue) or grows (red)")

@@ -34,7 +34,7 @@ from lmc.training.base import TIME_BINS, StepDecay, TrainingModule, leads, plain
 from lmc.unet import Norm
 
 Kind = Literal["unet", "hybrid"]
-FREE_STEPS = 20  # of the stability test at the end: it is to take seconds
+FREE_STEPS = 60  # of the stability test at the end: it is to take seconds
 
 
 class CorrectorTraining(TrainingModule):

@@ -356,7 +356,7 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert f"{failing} seed 1 failed, see {rows[failing]['1']['log']}" in markdown
     assert cells(markdown, "source")[0] == f"{0:.3f}"
     # A block of a source row, and one of two classes for each loss.
-    assert Image.open(out / "grid.png").size[1] == (1 + 3 * 2) * (16 + 2) + 4 * 18
+    assert Image.open(out / "grid.png").size[1] == (1 + 3 * 2) * (64 + 2) + 4 * 18
 
     # The report: the table over seeds, and the first seed of each that did not fail.
     page = html.unescape((out / "report.html").read_text())
@@ -516,7 +516,7 @@ def test_a_run_that_cannot_be_measured(world, trained, copy):
     markdown = (copy / "table.md").read_text()
     assert cells(markdown, "cond (1 of 2 seeds)")[0] == f"{rows['cond']['0']['distance']:.3f}"
     assert cells(markdown, "sds")[0] == "failed" and "sds seed 1 failed, see" in markdown
-    assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
+    assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (64 + 2) + 2 * 18
 
 
 def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
@@ -530,7 +530,7 @@ def test_a_loss_that_cannot_be_drawn(world, trained, copy, monkeypatch, capsys):
     monkeypatch.setattr(lmc.compare.measured, "_translator", failing)
     assert "1 trainings failed" in message(*args(world, copy, "cond,sds", "--seeds", "0,1"))
     assert "sds is not in grid.png: no room" in capsys.readouterr().out
-    assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
+    assert Image.open(copy / "grid.png").size[1] == (1 + 2) * (64 + 2) + 2 * 18
 
 
 def test_no_class_is_imported_that_a_file_alone_names(world, trained, copy, tmp_path, monkeypatch):
@@ -579,7 +579,7 @@ def test_what_was_finished_before_is_kept(world, trained, copy):
     values = [row["distance"] for row in rows["cond"].values()]
     assert cells(markdown, "cond")[0] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
     assert cells(markdown, "sds")[0] == f"{before['sds']['0']['distance']:.3f}"
-    assert Image.open(copy / "grid.png").size[1] == (1 + 3 * 2) * (16 + 2) + 4 * 18
+    assert Image.open(copy / "grid.png").size[1] == (1 + 3 * 2) * (64 + 2) + 4 * 18
 
 
 def test_a_corrector_made_again_is_another(world, trained, tiny_prior_folder, tmp_path):
@@ -690,7 +690,7 @@ def test_a_crash_does_not_end_the_others(world, tmp_path, monkeypatch):
     assert rows["sds"]["0"]["images"] == 24 and rows["sds"]["0"]["steps"] == STEPS
     assert rows["failing_loss.Crash"]["0"]["failed"].endswith("about to crash\n")
     assert cells((out / "table.md").read_text(), "failing_loss.Crash")[0] == "failed"
-    assert Image.open(out / "grid.png").size[1] == (1 + 2) * (16 + 2) + 2 * 18
+    assert Image.open(out / "grid.png").size[1] == (1 + 2) * (64 + 2) + 2 * 18
     assert f"step {STEPS}/{STEPS}" in (out / "sds" / "seed0" / "log.txt").read_text()
 
 

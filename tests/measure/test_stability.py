@@ -105,7 +105,7 @@ def test_what_runs_away_is_told_from_what_holds(prior):
 
 
 def test_a_free_run_that_diverges_or_saturates_is_no_hold():
-    mean, still = {"cast": 0.1}, {"step": [0.0, 5, 10], "power_gained": [0.0, 0, 0]}
+    mean, still = {"cast": 0.1}, {"step": [0.0, 30, 60], "power_gained": [0.0, 0, 0]}
     common = {"mean": mean, "response": {"cast": [0.1]}, "times": [0.5]}
     for rmse, more, words in (
         ([0, 0.1, 0.13], {}, None),
@@ -118,6 +118,9 @@ def test_a_free_run_that_diverges_or_saturates_is_no_hold():
         assert holds == (words is None)
         if words:
             assert re.search(words, said), said
+    # At its beginning everything moves on.
+    short = {**still, "step": [0.0, 10, 20], "rmse": [0, 0.08, 0.14]}
+    assert verdict({**common, "free_run": short})[0]
 
 
 @pytest.fixture(scope="module")
