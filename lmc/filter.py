@@ -157,7 +157,8 @@ class HybridCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As of any network of the hub; with what `begin_with` has changed."""
-        return super().save_pretrained(*args, **{"config": self.arguments, **kwargs})
+        config = kwargs.pop("config", None) or self.arguments  # push_to_hub gives None
+        return super().save_pretrained(*args, config=config, **kwargs)
 
 
 def plain(value: Any) -> Any:

@@ -108,8 +108,9 @@ def mix(z: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
 
     In a batch of one there is no other.
     """
-    by = 1 + int(torch.randint(max(1, len(z) - 1), (1,), generator=generator, device=z.device))
-    return z + _wide(amount) * (z.roll(by, 0) - z)
+    by = torch.randint(1, max(2, len(z)), (1,), generator=generator, device=z.device)
+    other = (torch.arange(len(z), device=z.device) - by) % len(z)  # the device is not waited for
+    return z + _wide(amount) * (z[other] - z)
 
 
 PERTURBATIONS: dict[str, Perturbation] = {
@@ -206,7 +207,7 @@ class Restoring:
         Returns:
             As z; z itself where the kind is none.
         """
-        weights = torch.tensor(list(self.weights.values()), device=z.device)
+        weights = torch.tensor([*self.weights.values()], dtype=torch.float32, device=z.device)
         kinds = torch.multinomial(weights, len(z), replacement=True, generator=generator)
         share = _rand(z, generator)
         perturbed = z

@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=100, help="pictures of each other animal")
     args = parser.parse_args()
     out, size = args.out, args.size
+    # Written last: where it is, all is there.
+    (out / "cats" / "index.json").unlink(missing_ok=True)
     prepare(out / "animals", list(CLASSES), args.count, size, ANIMALS)
     write_truth(out / "truth", args.count, size, CATS)
     prepare(out / "real", TARGETS, args.real * len(TARGETS), size, REAL)

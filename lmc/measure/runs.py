@@ -29,6 +29,7 @@ CORRECTOR_CURVES = {
     "heldout/loss": "corrector",
     "heldout/identity_loss": "identity (b = z)",
     "heldout/closed_form_loss": "closed form",
+    "heldout/floor": "the floor",
 }
 
 

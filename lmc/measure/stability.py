@@ -259,6 +259,7 @@ def stability_at(
             end, history = free_run(corrector, prior, z, null, generator, *how)
     result = {
         "images": len(z),
+        "statistics": corrector.statistics,
         "times": list(times),
         "response": found,
         "mean": {name: sum(values) / len(values) for name, values in found.items()},
@@ -280,7 +281,12 @@ def verdict(result: Mapping[str, Any]) -> tuple[bool, str]:
         result: of `stability_at`, without the verdict.
     """
     mean, history = result["mean"], result["free_run"]
-    growing = sorted((name for name in mean if mean[name] < GROWS), key=lambda name: mean[name])
+    # In Eq. 10's normalised space b has z_hat's contrast whatever z's: r is 0 but for noise.
+    neutral = () if result["statistics"] == "none" else ("contrast",)
+    growing = sorted(
+        (name for name in mean if mean[name] < GROWS and name not in neutral),
+        key=lambda name: mean[name],
+    )
     ran = []
     if history and history["step"][-1] >= SETTLED:
         half, end = history["rmse"][len(history["rmse"]) // 2], history["rmse"][-1]
@@ -299,7 +305,7 @@ def verdict(result: Mapping[str, Any]) -> tuple[bool, str]:
     steps = f"{history['step'][-1]:.0f} steps" if history else ""
     alone = f"moved by the corrective term alone, pictures {' and '.join(ran)} in {steps}"
     if not growing and not ran:
-        least = min(mean, key=lambda name: mean[name])
+        least = min(mean.keys() - set(neutral), key=lambda name: mean[name])
         free = f"; nor do pictures run away in {steps} of it alone" if history else ""
         return (
             True,
@@ -316,8 +322,8 @@ def verdict(result: Mapping[str, Any]) -> tuple[bool, str]:
         parts.append(f"in {named}, at t = {when}")
     parts += [alone] if ran else []
     return False, (
-        f"runs away: {'; '.join(parts)}. Train it restoring (--model.restoring '{{}}'), or "
-        "raise ω (the loss's guidance_scale), by which the corrective term weighs less"
+        f"runs away: {'; '.join(parts)}. Train it restoring (--model.restoring '{{}}') if it is "
+        "not, or raise ω (the loss's guidance_scale), by which the corrective term weighs less"
     )
 
 
@@ -407,15 +413,18 @@ def stability_command(
     tested = named_corrector(corrector)
     prior = build(Prior, config.prior)
     tested.check_prior(prior.identity)
+    out.mkdir(parents=True, exist_ok=True)
     stored = triplet_origin(config.heldout) is not None
-    prior.to(device)
     if stored:
         z = _stored(config.heldout, images).to(device)
     else:
         size = config.image_size or prior.image_size
         stream = ImageStream(config.heldout, size, images, training=False, limit=images)
-        z = encoded(prior, next(iter(stream)).image.to(device)).detach()
+        z = next((batch.image for batch in stream if batch.key), torch.empty(0)).to(device)
     require(len(z) > 0, f"{config.heldout}: the images in it", "at least 1", len(z))
+    prior.to(device)
+    if not stored:
+        z = encoded(prior, z).detach()
     result = stability_at(
         tested.to(device).eval(),
         prior,
@@ -424,7 +433,6 @@ def stability_command(
         time_range=config.time_range,
         seed=seed,
     )
-    out.mkdir(parents=True, exist_ok=True)
     write_stability(result, prior, out / "stability.json")
     print(table(result))
     print(result["verdict"])

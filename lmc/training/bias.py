@@ -163,6 +163,24 @@ class CorrectorTraining(TrainingModule):
                 with about(f"model.closed_form {self.closed_form}"):
                     network.begin_with(found)
 
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """See `TrainingModule`.
+
+        Raises:
+            ValueError: a hybrid was begun with another closed form; see also `TrainingModule`.
+        """
+        super().check_checkpoint(checkpoint)
+        self._load_closed_form()
+        network = self.corrector
+        if self.closed_form is None or not isinstance(network, HybridCorrector):
+            return
+        there = checkpoint["state_dict"]["network.closed_form.gain"].cpu()
+        if not torch.equal(there, network.closed_form.gain.cpu()):
+            raise ValueError(
+                f"model.closed_form {self.closed_form} is not what the hybrid was begun with: name "
+                "that one, or another run folder"
+            )
+
     def _check_prior(
         self, identity: Mapping[str, Any], origins: Sequence[Mapping[str, Any] | None]
     ) -> None:
@@ -189,7 +207,9 @@ class CorrectorTraining(TrainingModule):
         self._check_prior(identity, self._origins())
         self.corrector.prior = dict(identity)
         if isinstance(self.corrector, HybridCorrector) and self.closed_form is None:
-            self.others["closed_form_loss"] = self.corrector.closed_form
+            own = self.corrector.closed_form
+            own.prior = dict(identity)
+            self.others["closed_form_loss"] = own
         for other in self.others.values():
             other.to(device)
         if self._samples_triplets():

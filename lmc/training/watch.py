@@ -126,7 +126,8 @@ class Watch(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure the sources, once."""
-        if self.sources is None and isinstance(batch, ImageBatch) and batch.key:
+        translates = not getattr(pl_module, "takes_triplets", False)
+        if translates and self.sources is None and isinstance(batch, ImageBatch) and batch.key:
             image = batch.image
             before = [] if self.previous is None else [self.previous]
             chain = torch.cat([*before, image])

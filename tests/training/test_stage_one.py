@@ -124,6 +124,13 @@ def test_a_hybrid_begins_with_a_released_closed_form(
     network, step = load_averaged(tmp_path / "run")
     assert isinstance(network, HybridCorrector) and step == 6
     assert torch.equal(network.closed_form.gain, found.gain)
+    network.save_pretrained(tmp_path / "release", config=None)  # as push_to_hub does
+    assert len(load_corrector(str(tmp_path / "release")).closed_form.gain) == bins
+    found.gain[0] += 1
+    found.save_pretrained(tmp_path / "another")
+    args = [*args, f"--model.closed_form={tmp_path / 'another'}", "--trainer.max_steps=8"]
+    with pytest.raises(SystemExit, match="is not what the hybrid was begun with"):
+        train_bias.main(args)
 
 
 @pytest.mark.parametrize(
