@@ -106,7 +106,7 @@ def test_what_runs_away_is_told_from_what_holds(prior):
 
 def test_a_free_run_that_diverges_or_saturates_is_no_hold():
     mean, still = {"cast": 0.1}, {"step": [0.0, 30, 60], "power_gained": [0.0, 0, 0]}
-    common = {"mean": mean, "response": {"cast": [0.1]}, "times": [0.5]}
+    common = {"mean": mean, "response": {"cast": [0.1]}, "times": [0.5], "statistics": "none"}
     for rmse, more, words in (
         ([0, 0.1, 0.13], {}, None),
         ([0, 0.1, 0.2], {}, r"move on and on \(RMSE 0.10, then 0.20\)"),
@@ -121,6 +121,10 @@ def test_a_free_run_that_diverges_or_saturates_is_no_hold():
     # At its beginning everything moves on.
     short = {**still, "step": [0.0, 10, 20], "rmse": [0, 0.08, 0.14]}
     assert verdict({**common, "free_run": short})[0]
+    # In Eq. 10's normalised space b has the contrast of z_hat, whatever z's.
+    common |= {"mean": {"cast": 0.1, "contrast": -0.03}, "free_run": {}}
+    common["response"] = {"cast": [0.1], "contrast": [-0.03]}
+    assert not verdict(common)[0] and verdict({**common, "statistics": "image"})[0]
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_synthesis_writes_pictures_their_progression_and_its_settings(synthesize
     with Image.open(out / "progression.gif") as gif:
         assert gif.n_frames == 3  # after 0, 2 and 4 steps
         assert gif.size == (3 * 26 + 2, 28)
-    assert Image.open(out / "progression.png").width == 76 + 3 * 26
+    assert Image.open(out / "progression.png").width == 76 + 3 * 50
     found = json.loads((out / "results.json").read_text())["diversity"]
     expected = rmse(images[1:], images[:1])
     assert found["runs"] == 2 and found["name"] == next(iter(distances(24)))
@@ -186,7 +186,7 @@ def test_editing_begins_with_the_photo_in_its_own_shape(edit, world, tmp_path):
     assert 0 < (result - source).abs().max() < 0.03
     # Two rows under a title; after 0, 3 and 4 steps.
     sheet = Image.open(tmp_path / "out" / "progression.png")
-    assert sheet.size == (76 + 3 * 30, 18 + 2 * 22)
+    assert sheet.size == (76 + 3 * 86, 18 + 2 * 62)
     sized = [*edit[:-1], f"--out={tmp_path}/sized", "--size=16", "--source_prompt=a cat"]
     main(sized)
     assert read(tmp_path / "sized" / "seed-0.png").shape == (3, 16, 22)

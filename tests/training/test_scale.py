@@ -120,6 +120,8 @@ def test_two_ranks_measure_what_one_process_does(two, cli):
         "heldout/loss",
         "heldout/identity_loss",
         "heldout/normalised_identity_loss",
+        "heldout/excess",
+        "heldout/floor",
     }
     for name, value in alone.items():
         for rank in measured:

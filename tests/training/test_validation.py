@@ -161,10 +161,10 @@ def test_what_is_logged_against_the_truth_is_what_evaluate_says(
         found = events.Scalars(name)[-1].value
         assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6) and found > 0.01, name
     picture = np.asarray(Image.open(tmp_path / "run" / "validation" / "step_000003.png"))
-    assert picture.shape[0] == 18 + 5 * 18
+    assert picture.shape[0] == 18 + 5 * 66  # 16 pixels are shown as 64
     (batch,) = stream
     for row, image in ((0, batch.image[0]), (1, batch.image[0] / 2 + 0.4)):
-        shown = picture[18 + 1 + row * 18 :][:16, 76 + 1 :][:, :16].astype(int)
+        shown = picture[18 + 1 + row * 66 :][:64:4, 76 + 1 :][:, :64:4].astype(int)
         wanted = ((image.clamp(-1, 1) + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
         assert abs(shown - wanted).max() <= 1
 
@@ -242,7 +242,7 @@ def test_a_picture_of_every_look(alone, two):
         files = sorted(file.name for file in (run / "validation").iterdir())
         assert files == ["step_000002.png", "step_000003.png"]
         picture = Image.open(run / "validation" / files[0])
-        assert picture.size == (76 + 3 * 18, 18 + 3 * 18)
+        assert picture.size == (76 + 3 * 66, 18 + 3 * 66)
     events = EventAccumulator(str(alone[0])).Reload()
     assert [x.step for x in events.Images("source, then a row a class")] == [2, 3]
     assert len(events.Scalars("heldout/r_precision")) == 2
@@ -252,7 +252,7 @@ def test_the_pictures_first_row_is_the_source(alone, data):
     (batch,) = ImageStream(f"{data}/heldout-*.tar", 16, 50, training=False, limit=IMAGES)
     picture = np.asarray(Image.open(alone[0] / "validation" / "step_000003.png"))
     for i, image in enumerate(batch.image[:3]):  # the keys are in order
-        shown = picture[18 + 1 :][:16, 76 + 1 + i * 17 :][:, :16]
+        shown = picture[18 + 1 :][:64:4, 76 + 1 + i * 65 :][:, :64:4]
         assert (shown == ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).all()
 
 
@@ -532,6 +532,12 @@ def test_errors_by_t_are_those_of_a_direct_computation(
             wanted[f"heldout/{name}/t{i / 5:.1f}"] = mean
     for rank in measured:
         metrics = {k: x.item() for k, x in rank["metrics"].items() if k.startswith("heldout/")}
+        # Of these, from more than one draw of eps, the sum is known.
+        both = {k: metrics.pop(k) for k in list(metrics) if "/excess" in k or "/floor" in k}
+        for name in (name for name in both if "excess" in name):
+            total = both[name] + both[name.replace("excess", "floor")]
+            assert total == pytest.approx(wanted[name.replace("excess", "loss")], rel=1e-4)
+        assert len(both) == 2 * (1 + len(errors))
         assert metrics == pytest.approx(wanted, rel=1e-4)
         for name in losses:
             means = sum(metrics[f"heldout/{name}/t{i / 5:.1f}"] * len(errors[i]) for i in errors)
@@ -639,7 +645,7 @@ def test_stage_one_keeps_its_pictures(stage_one):
     files = sorted(file.name for file in (run / "validation").iterdir())
     assert files == [f"{name}_00000{step}.png" for name in ("spectra", "step") for step in (2, 4)]
     # Rank 0's first batch is five images.
-    assert Image.open(run / "validation" / "step_000004.png").size == (76 + 5 * 18, 18 + 3 * 18)
+    assert Image.open(run / "validation" / "step_000004.png").size == (76 + 5 * 66, 18 + 3 * 66)
     width, height = Image.open(run / "validation" / "spectra_000004.png").size
     assert width == 2 * 400 and height == 300  # a panel for each third of the times
     tags = EventAccumulator(str(run)).Reload().Tags()["images"]
