@@ -18,7 +18,15 @@ from torch import Tensor
 
 from lmc.files import write_text
 from lmc.load import load_translator
-from lmc.measure.evaluate import Folder, Outputs, Tools, observe, translated
+from lmc.measure.evaluate import (
+    Folder,
+    Outputs,
+    Tools,
+    Truth,
+    against_truth,
+    observe,
+    translated,
+)
 from lmc.measure.metrics import rmse
 from lmc.measure.plots import Series, result_plots, training_plots
 from lmc.measure.results import DISTANCES, digest_of, pixel_digest
@@ -43,11 +51,13 @@ class Pictures:
         keys: of N images.
         sources: uint8 (N, 3, S, S).
         outputs: by row, by class: as `sources`.
+        truth: their true counterparts, by class: as `sources`; None where there are none.
     """
 
     keys: Sequence[str]
     sources: Tensor
     outputs: Mapping[str, Mapping[str, Tensor]]
+    truth: Mapping[str, Tensor] | None = None
 
 
 @torch.no_grad()
@@ -56,6 +66,8 @@ def draw(
 ) -> Pictures:
     """The first held-out images, translated again by the rows of a result.
 
+    With their true counterparts, where they were measured against some whose folder is still here.
+
     Args:
         result: see docs/evaluation.md.
         batches: the held-out images it was measured on, each once.
@@ -63,7 +75,8 @@ def draw(
         rows: which rows to show; each has a 'path'.
 
     Raises:
-        ValueError: the images are others than those measured, or a row's outputs are.
+        ValueError: the images are others than those measured, or a row's outputs or true
+            counterparts are.
         OSError: a row's path is no folder here; nothing is fetched.
     """
     keys = result["heldout"]["keys"][:count]
@@ -80,12 +93,27 @@ def draw(
             "measured: evaluate again, or leave the pictures out (--pictures 0)"
         )
     sources = torch.stack([found[key] for key in keys])
-    outputs = {row: _translate(row, result, keys, from_uint8(sources)) for row in rows}
-    return Pictures(keys, sources, outputs)
+    images, truth = from_uint8(sources), _truth(result, sources.shape[-1])
+    outputs = {row: _translate(row, result, keys, images, truth) for row in rows}
+    classes = result["settings"]["classes"]
+    true = {name: to_uint8(truth(keys, images, name)) for name in classes} if truth else None
+    return Pictures(keys, sources, outputs, true)
+
+
+def _truth(result: Mapping[str, Any], size: int) -> Truth | None:
+    """The true counterparts a result was measured against, if they are here."""
+    path = (result.get("truth") or {}).get("path")
+    if path is None or not Path(path).is_dir():
+        return None
+    return Truth(Path(path), result["settings"]["classes"], size)
 
 
 def _translate(
-    row: str, result: Mapping[str, Any], keys: Sequence[str], sources: Tensor
+    row: str,
+    result: Mapping[str, Any],
+    keys: Sequence[str],
+    sources: Tensor,
+    truth: Truth | None,
 ) -> dict[str, Tensor]:
     """A row's outputs by class, checked against what was measured of them."""
     about = result["rows"][row]
@@ -105,7 +133,10 @@ def _translate(
     made = {}
     for name in result["settings"]["classes"]:
         made[name] = to_uint8(outputs(keys, sources, name))
-        now = observe(from_uint8(made[name]), sources, Tools({"rmse": rmse}), None)
+        image, tools = from_uint8(made[name]), Tools({"rmse": rmse})
+        now = observe(image, sources, tools, None)
+        if truth is not None:
+            now |= against_truth(image, truth(keys, sources, name), tools)
         for measure, values in about["per_image"].items():
             then = torch.tensor(values[name][: len(keys)])
             if measure in now and not ((now[measure] - then).abs() <= SAME).all():
@@ -189,11 +220,16 @@ def _endings(prompts: Sequence[str]) -> list[str]:
 
 
 def _blocks(result: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
-    """'sources', their addresses; 'classes', by class and row each output's address and caption."""
+    """'sources': addresses; 'classes': by class and row each picture's address and caption."""
     sources = [_embedded(image) for image in pictures.sources]
     blocks: dict[str, Any] = {}
     for name in result["settings"]["classes"]:
         block = blocks[name] = {}
+        if pictures.truth is not None:
+            block["true counterpart"] = [
+                {"image": _embedded(image), "caption": f"{key} as a {name}, its true counterpart"}
+                for key, image in zip(pictures.keys, pictures.truth[name], strict=True)
+            ]
         for row, outputs in pictures.outputs.items():
             values = result["rows"][row]["per_image"]
             block[row] = [

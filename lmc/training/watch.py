@@ -126,7 +126,7 @@ class Watch(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure the sources, once."""
-        translates = not getattr(pl_module, "takes_triplets", False)
+        translates = isinstance(pl_module, TranslatorTraining)
         if translates and self.sources is None and isinstance(batch, ImageBatch) and batch.key:
             image = batch.image
             before = [] if self.previous is None else [self.previous]

@@ -523,6 +523,34 @@ def test_a_checkpoint_that_a_result_names_is_not_run(world, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def test_true_counterparts_stand_beside_the_outputs(world, tmp_path):
+    """As measured against; others are refused, and a folder that is gone is left out."""
+    truth, out = tmp_path / "truth", tmp_path / "report.html"
+    batch = next(iter(heldout(world)))
+    for name, sign in (("dog", 1), ("bear", -1)):
+        (truth / name).mkdir(parents=True)
+        for key, image in zip(batch.key, batch.image, strict=True):
+            (truth / name / f"{key}.png").write_bytes(worlds.png(image.roll(3, 2) * sign))
+    shards = ["--shards", f"{world}/shards/heldout-*.tar", "--clip", "none"]
+    results = str(tmp_path / "results.json")
+    given = ["--translator", str(world / "one"), "--truth", str(truth), "--out", results]
+    main(["evaluate", *given, *shards, "--offline"])
+    main(["report", results, "--out", str(out)])
+    found = re.findall(
+        r'<img alt="(\S+) as a (\w+), its true counterpart" src="([^"]+)"', out.read_text()
+    )
+    assert len(found) == 2 * len(batch.key)
+    for key, name, address in found:
+        there = np.asarray(Image.open(truth / name / f"{key}.png"))
+        assert (pixels(address) == there).all()
+    for file in (truth / "dog").iterdir():
+        file.write_bytes((truth / "bear" / file.name).read_bytes())
+    assert "(truth_rmse)" in message(results, "--out", str(out))
+    shutil.rmtree(truth)
+    main(["report", results, "--out", str(out)])
+    assert "its true counterpart" not in out.read_text()
+
+
 def test_the_user_may_say_where_the_pictures_lie(world, tmp_path):
     """By a command too; they must be the same pictures all the same."""
     sent = changed(world, tmp_path, shards="moved/heldout-*.tar")
