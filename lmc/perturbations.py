@@ -11,8 +11,8 @@ Each perturbation is a function (z, amount, generator) -> z + δ with
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass, field
 
 import torch
 from torch import Tensor
@@ -117,12 +117,6 @@ PERTURBATIONS: dict[str, Perturbation] = {
     each.__name__: each for each in (cast, noise, stripes, contrast, blur, mix)
 }
 ADDITIVE = ("cast", "noise", "stripes")
-# How often each is drawn in a restoring training, and the most of it.
-WEIGHTS = {"none": 1.0, **dict.fromkeys(PERTURBATIONS, 1.0)}
-MAXIMA = {
-    **{"cast": 0.3, "noise": 0.3, "stripes": 0.3},
-    **{"contrast": 0.5, "blur": 1.5 / 32, "mix": 0.5},
-}
 
 
 def perturb(
@@ -151,6 +145,35 @@ def perturb(
 
 
 @dataclass(frozen=True)
+class Weights:
+    """How often each kind of δ is drawn, relative to the others; 0 leaves it out."""
+
+    none: float = 1.0
+    cast: float = 1.0
+    noise: float = 1.0
+    stripes: float = 1.0
+    contrast: float = 1.0
+    blur: float = 1.0
+    mix: float = 1.0
+
+
+@dataclass(frozen=True)
+class Maxima:
+    """The most of each kind of δ: the amount is uniform between 0 and that.
+
+    The RMS of cast, noise and stripes (of a latent in its standard deviations), the change of
+    contrast, the blur's sigma as a share of the side, the share of the other picture in the mix.
+    """
+
+    cast: float = 0.3
+    noise: float = 0.3
+    stripes: float = 0.3
+    contrast: float = 0.5
+    blur: float = 1.5 / 32
+    mix: float = 0.5
+
+
+@dataclass(frozen=True)
 class Restoring:
     """A training of b̂ that pulls perturbations back: b̂(z + δ, t) = ẑ_t(z) + δ.
 
@@ -166,34 +189,25 @@ class Restoring:
     denoiser is sure at times where b̂ is not, and their contrast would grow without it.
 
     Args:
-        weights: how often each kind of δ is drawn, relative to the others, by name: none, cast,
-            noise, stripes, contrast, blur, mix (see `lmc.perturbations`). One that is not named
-            has its default, 0 leaves it out.
-        maxima: of each kind the most; the amount is uniform between 0 and that. The RMS of cast,
-            noise and stripes (of a latent in its standard deviations), the change of contrast, the
-            blur's sigma as a share of the side, the share of the other picture in the mix.
+        weights: how often each kind is drawn.
+        maxima: of each kind the most.
 
     Raises:
-        ValueError: a kind there is not, or a number out of its range.
+        ValueError: a number out of its range.
     """
 
-    weights: Mapping[str, float] = field(default_factory=dict)
-    maxima: Mapping[str, float] = field(default_factory=dict)
+    weights: Weights = field(default_factory=Weights)
+    maxima: Maxima = field(default_factory=Maxima)
 
     def __post_init__(self) -> None:
-        for option, given, known in (
-            ("weights", self.weights, WEIGHTS),
-            ("maxima", self.maxima, MAXIMA),
-        ):
-            for name, number in given.items():
-                where = f"model.restoring.{option}"
-                require(name in known, where, f"by name of {', '.join(known)}", repr(name))
-                require(0 <= number < math.inf, f"{where}.{name}", "at least 0", number)
-            object.__setattr__(self, option, {**known, **given})
+        for option, given in (("weights", self.weights), ("maxima", self.maxima)):
+            for name, number in asdict(given).items():
+                where = f"model.restoring.{option}.{name}"
+                require(0 <= number < math.inf, where, "at least 0", number)
         for name in ("contrast", "mix"):
-            most = self.maxima[name]
+            most = getattr(self.maxima, name)
             require(most <= 1, f"model.restoring.maxima.{name}", "at most 1", most)
-        drawn = sum(weight for name, weight in self.weights.items() if name != "none")
+        drawn = sum(asdict(self.weights).values()) - self.weights.none
         require(drawn > 0, "model.restoring.weights", "above 0 of one kind", self.weights)
 
     def perturb(self, z: Tensor, generator: torch.Generator, latent: bool = False) -> Tensor:
@@ -207,14 +221,14 @@ class Restoring:
         Returns:
             As z; z itself where the kind is none.
         """
-        weights = torch.tensor([*self.weights.values()], dtype=torch.float32, device=z.device)
+        weights = torch.tensor(astuple(self.weights), dtype=torch.float32, device=z.device)
         kinds = torch.multinomial(weights, len(z), replacement=True, generator=generator)
         share = _rand(z, generator)
         perturbed = z
-        for number, name in enumerate(self.weights):
-            if name == "none" or not self.weights[name]:
+        for number, (name, weight) in enumerate(asdict(self.weights).items()):
+            if name == "none" or not weight:
                 continue
-            amount = share * self.maxima[name]
+            amount = share * getattr(self.maxima, name)
             how = PERTURBATIONS[name]
             # Of all samples, and then of those that it was drawn for: other samples' randomness
             # does not depend on which these are.

@@ -8,10 +8,10 @@ import torch
 from scipy import ndimage
 
 from lmc.perturbations import (
-    MAXIMA,
     PERTURBATIONS,
-    WEIGHTS,
+    Maxima,
     Restoring,
+    Weights,
     band_noise,
     band_stripes,
     blur,
@@ -140,7 +140,7 @@ def test_the_mix_is_with_another_picture():
 def test_pictures_stay_in_range_and_latents_are_scaled(name):
     how, additive = PERTURBATIONS[name], name in ("cast", "noise", "stripes")
     z = 1.9 * pictures(32)
-    amount = torch.full((32,), MAXIMA[name], dtype=z.dtype)
+    amount = torch.full((32,), getattr(Maxima(), name), dtype=z.dtype)
     assert perturb(how, z, amount, generator(), False, additive).abs().max() <= 1
     delta = perturb(how, z, amount, generator(), True, additive) - z
     wide = perturb(how, 10 * z, amount, generator(), True, additive) - 10 * z
@@ -150,19 +150,17 @@ def test_pictures_stay_in_range_and_latents_are_scaled(name):
 def test_restoring_draws_by_weight_and_up_to_the_maximum():
     # Of even pictures blur, contrast and mix make nothing.
     z = torch.zeros(4000, 1, 8, 8)
-    only = {**dict.fromkeys(WEIGHTS, 0.0), "none": 1.0, "stripes": 3.0}
-    moved = Restoring(only, {"stripes": 0.2}).perturb(z, generator())
+    only = Weights(**{**dict.fromkeys(PERTURBATIONS, 0.0), "none": 1.0, "stripes": 3.0})
+    restoring = Restoring(only, Maxima(stripes=0.2))
+    moved = restoring.perturb(z, generator())
     size = rms(moved - z)
     assert (size > 0).float().mean() == pytest.approx(0.75, abs=0.02)  # 3 sigma
     drawn = size[size > 0]
     assert 0.19 < drawn.max() <= 0.2001 and drawn.median() == pytest.approx(0.1, abs=0.006)
-    assert torch.equal(moved, Restoring(only, {"stripes": 0.2}).perturb(z, generator()))
+    assert torch.equal(moved, restoring.perturb(z, generator()))
 
 
-def test_restoring_fills_in_what_is_not_said():
-    restoring = Restoring({"mix": 0}, {"cast": 0.1})
-    assert restoring.weights == {**WEIGHTS, "mix": 0}
-    assert restoring.maxima == {**MAXIMA, "cast": 0.1}
+def test_some_pictures_stay_as_they_are():
     z = pictures(64).float()
     moved = Restoring().perturb(z, generator())
     same = (moved == z).all(3).all(2).all(1).float().mean().item()
@@ -172,12 +170,13 @@ def test_restoring_fills_in_what_is_not_said():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"weights": {"tint": 1}}, r"restoring\.weights must be by name of none, cast.*'tint'"),
-        ({"weights": {"cast": -1}}, r"restoring\.weights\.cast must be at least 0, got -1"),
-        ({"weights": dict.fromkeys(PERTURBATIONS, 0)}, r"weights must be above 0 of one kind"),
-        ({"maxima": {"none": 1}}, r"restoring\.maxima must be by name of cast.*'none'"),
-        ({"maxima": {"noise": math.inf}}, r"restoring\.maxima\.noise must be at least 0"),
-        ({"maxima": {"contrast": 1.5}}, r"restoring\.maxima\.contrast must be at most 1"),
+        ({"weights": Weights(cast=-1)}, r"restoring\.weights\.cast must be at least 0, got -1"),
+        (
+            {"weights": Weights(**dict.fromkeys(PERTURBATIONS, 0))},
+            r"weights must be above 0 of one kind",
+        ),
+        ({"maxima": Maxima(noise=math.inf)}, r"restoring\.maxima\.noise must be at least 0"),
+        ({"maxima": Maxima(contrast=1.5)}, r"restoring\.maxima\.contrast must be at most 1"),
     ],
 )
 def test_what_there_is_not_is_refused(given, words):

@@ -139,7 +139,7 @@ def test_a_hybrid_begins_with_a_released_closed_form(
         (["--model.kind=hybrid", "--model.widths=[8,8,8,8,8,8]"], "a side of 16 cannot be: 32"),
         (["--model.kind=hybrid", "--model.closed_form_triplets=10"], "at least 64, some hundred"),
         (["--model.kind=hybrid", "--model.bounded=true"], "bounded is of kind unet"),
-        (["--model.restoring.weights={tint: 1}"], "weights must be by name of none, cast"),
+        (["--model.restoring.weights={cast: -1}"], "weights.cast must be at least 0, got -1"),
     ],
 )
 def test_what_a_stage_one_cannot_be_is_said(tiny_prior_folder, data, tmp_path, options, words):
@@ -207,9 +207,7 @@ def test_a_restoring_training_is_of_perturbed_pictures(
     monkeypatch.setattr(bias, "corrector_loss", noting)
     monkeypatch.setattr(bias, "sample_triplets", note)
     monkeypatch.setattr(Corrector, "forward", look)
-    args = worlds.bias_args(
-        tiny_prior_folder, data, tmp_path, "--model.restoring.weights={cast: 2}"
-    )
+    args = worlds.bias_args(tiny_prior_folder, data, tmp_path, "--model.restoring.weights.cast=2")
     metrics = train_bias.main(args).trainer.callback_metrics
     assert len(inputs) == len(sampled) == len(seen) == 4
     for z, b_hat, x, (b, wanted) in zip(inputs, outputs, sampled, seen, strict=True):
