@@ -1,10 +1,12 @@
 """Check the demo's models: does the judge know the animals, and does the prior draw what is asked?
 
     python data/demo/check.py --clip data/demo/clip --prior data/demo/prior
+    python data/demo/check.py --translators runs/demo/release/{lmc,sds,dds}
 
 The judge is asked for the captions of fresh drawings. The prior is sampled by diffusers' own
 pipeline and scheduler, and a classifier that has seen only drawings, never the judge nor the prior,
-says what the samples show. Prints what was measured, as one line of JSON at the end.
+says what the samples show; and what the held-out cats have become by translators, which animal of
+all nine. Prints what was measured, as one line of JSON at the end.
 """
 
 import argparse
@@ -20,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import save_image
+
+from lmc.load import load_translator
+from lmc.shards.images import ImageStream
 
 import train_clip
 import train_prior
@@ -152,13 +157,39 @@ def write_sheet(pictures: Tensor, labels: Tensor, file: Path) -> None:
     save_image(rows / 2 + 0.5, file, nrow=columns)
 
 
+def check_classifier(model: nn.Module, count: int) -> dict[str, float]:
+    """Share of fresh drawings that it recognises, overall and by class."""
+    drawn, labels = train_prior.picture_table(count, TEST_SEED)
+    known = shares(classify(model, drawn.float() / 127.5 - 1) == labels, labels)
+    print("classifier on fresh drawings", rounded(known))
+    return known
+
+
+def check_translators(args: argparse.Namespace) -> dict:
+    """By translator, and for the untouched cats: share that the classifier calls the target."""
+    model = get_classifier(args.classifier, args.classifier_steps)
+    found: dict = {"classifier": check_classifier(model, args.count)}
+    batches = list(ImageStream(args.cats, train_prior.SIZE, 100, training=False))
+    cats = torch.cat([batch.image for batch in batches if batch.key])
+    for folder in args.translators:
+        translator = load_translator(str(folder)).eval()
+        named: dict[str, float] = {"cats": len(cats)}
+        for name in translator.classes:
+            with torch.no_grad():
+                made = translator(cats, translator.class_ids([name]).expand(len(cats)))
+            seen = classify(model, made.clamp(-1, 1)).bincount(minlength=len(CLASSES))
+            named[name] = (seen[CLASSES.index(name)] / len(cats)).item()
+            named[f"{name}, still a cat"] = (seen[CLASSES.index("cat")] / len(cats)).item()
+        named["all"] = sum(named[name] for name in translator.classes) / len(translator.classes)
+        print("translator", folder, rounded(named))
+        found[str(folder)] = named
+    return found
+
+
 def check_prior(args: argparse.Namespace) -> dict:
     """Share of the prior's samples that the classifier recognises as their prompt's class."""
     model = get_classifier(args.classifier, args.classifier_steps)
-    drawn, labels = train_prior.picture_table(args.count, TEST_SEED)
-    known = shares(classify(model, drawn.float() / 127.5 - 1) == labels, labels)
-    print("classifier on fresh drawings", rounded(known))
-
+    known = check_classifier(model, args.count)
     labels = torch.arange(args.samples) % len(CLASSES)
     start = time.time()
     pictures, largest = sample(args.prior, labels, args.steps, args.guidance)
@@ -189,6 +220,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clip", type=Path, help="CLIP folder to check")
     parser.add_argument("--prior", type=Path, help="pipeline folder to check")
+    parser.add_argument("--translators", type=Path, nargs="+", default=[], help="releases to check")
+    parser.add_argument(
+        "--cats", default="runs/demo/data/cats/heldout-*.tar", help="that they translate"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/check"), help="for what is written")
     parser.add_argument("--count", type=int, default=2000, help="fresh drawings for each accuracy")
     parser.add_argument("--samples", type=int, default=500, help="pictures drawn from the prior")
@@ -211,6 +246,8 @@ def main() -> None:
             print("clip,", name, rounded(result), flush=True)
     if args.prior:
         results["prior"] = check_prior(args)
+    if args.translators:
+        results["translators"] = check_translators(args)
     line = json.dumps(rounded(results))
     print(line)
     if args.json:

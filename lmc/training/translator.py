@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from lmc.corrector import BiasCorrector
 from lmc.errors import about, require
@@ -94,6 +95,19 @@ class Patches:
         return [one() for _ in range(count)]
 
 
+def l2_to(source: Tensor, output: Tensor, size: int | None = None) -> Tensor:
+    """The mean square of their difference.
+
+    Args:
+        source, output: (B, C, S, S).
+        size: the side that both are averaged to first, a divisor of S; None is S.
+    """
+    difference = output - source
+    if size is not None:
+        difference = avg_pool2d(difference, difference.shape[-1] // size)
+    return difference.square().mean()
+
+
 class TranslatorTraining(TrainingModule):
     """Trains the translator with `loss` plus L2 to the source. Defaults are the paper's.
 
@@ -122,6 +136,9 @@ class TranslatorTraining(TrainingModule):
             resized whole. The same part of output and source, and for all classes of an image.
         l2_rescale: divide L2 by the guidance scale too, as the loss's `rescale` does the score: the
             paper rescales 'the total loss'. By default the score alone.
+        l2_size: the side in pixels that output and source are averaged to before L2 compares them,
+            a divisor of image_size; None, as in the paper, is their own. What is finer is then held
+            by nothing but the loss: L2 at full size keeps ghosts of the source's ears, say.
         time: how t is drawn; None is the loss's own way: uniform in (0.02, 0.98), but for SDI.
         validation: what is measured and shown of the held-out images.
         seed: of classes, t and eps; follows seed_everything.
@@ -152,6 +169,7 @@ class TranslatorTraining(TrainingModule):
         every_class: bool = False,
         patches: Patches | None = None,
         l2_rescale: bool = False,
+        l2_size: int | None = None,
         time: TimeSchedule | None = None,
         validation: Validation = Validation(),  # noqa: B008
         seed: int = 0,
@@ -174,7 +192,8 @@ class TranslatorTraining(TrainingModule):
         self.source, self.validation = source, validation
         if loss.negative_prompt is not None:
             self.prompts.append(loss.negative_prompt)
-        self.every_class, self.patches, self.l2_rescale = every_class, patches, l2_rescale
+        self.every_class, self.patches = every_class, patches
+        self.l2_rescale, self.l2_size = l2_rescale, l2_size
         self.score_weight, self.l2_weight = score_weight, l2_weight
 
     @property
@@ -203,7 +222,8 @@ class TranslatorTraining(TrainingModule):
 
         Raises:
             ValueError: a negative weight; patches larger than the images; l2_rescale where the
-                loss is not rescaled; model.image_size is not data.image_size; or the loss refuses
+                loss is not rescaled; an l2_size that the images cannot be averaged to;
+                model.image_size is not data.image_size; or the loss refuses
                 the prior.
             OSError: model.validation.clip is the path of no folder, or of one without a CLIP.
             OSError, ValueError: model.validation.truth lacks a true counterpart.
@@ -217,6 +237,12 @@ class TranslatorTraining(TrainingModule):
             raise ValueError(
                 "model.l2_rescale divides L2 by the guidance scale as well: set the loss's own "
                 "option rescale to true, or leave out model.l2_rescale"
+            )
+        if self.l2_size is not None and not (
+            1 <= self.l2_size <= self.image_size and self.image_size % self.l2_size == 0
+        ):
+            raise ValueError(
+                f"model.l2_size must divide model.image_size {self.image_size}, got {self.l2_size}"
             )
         if data.image_size not in (None, self.image_size):
             raise ValueError(
@@ -301,7 +327,7 @@ class TranslatorTraining(TrainingModule):
                 self.loss.learn(self.prior, replace(inputs, t=t_again, eps=eps_again))
         self.watch(gradient.total, t, keys, self.loss.name)
         score = surrogate(z, gradient.total).sum() / z.numel()
-        l2 = (output - image).square().mean()
+        l2 = l2_to(image, output, self.l2_size)
         step = self.global_step
         score_weight, l2_weight = self.score_weight(step), self.l2_weight(step)
         if self.l2_rescale:

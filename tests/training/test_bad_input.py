@@ -191,6 +191,8 @@ TRAININGS = [
     ("option of patches", "translator", "--model.patches.shares=1", ["'shares'", "'share'"]),
     ("L2 rescaled by nothing", "translator",
      "--model.l2_rescale=true --model.loss.rescale=false", ["model.l2_rescale", "rescale to true"]),
+    ("L2 of an odd size", "translator", "--model.l2_size=5",
+     ["model.l2_size must divide model.image_size 16, got 5"]),
     ("no held-out images", "translator", "--model.validation.images=0",
      ["model.validation.images", "at least 1"]),
     ("negative guidance", "translator", "--model.loss.guidance_scale=-1",

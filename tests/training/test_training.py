@@ -19,7 +19,7 @@ from lmc.load import load_averaged
 from lmc.priors import DiffusersPrior
 from lmc.training.callbacks import AtomicCheckpointIO
 from lmc.training.processes import LeaveOnSignal
-from lmc.training.translator import Ramp
+from lmc.training.translator import Ramp, l2_to
 
 import worlds
 from worlds import release
@@ -195,6 +195,40 @@ def test_l2_rescaled_is_l2_over_the_guidance_scale(tiny_prior_folder, data, tmp_
     assert_same(rescaled, weights("quarter", 0.5))
     with pytest.raises(AssertionError):
         assert_same(rescaled, weights("whole", 2.0))
+
+
+def test_l2_of_a_smaller_size_leaves_what_is_finer():
+    """Its gradient: of a checkerboard none, of a cast as at full size, of the mean of four a share
+    of a quarter each."""
+    source = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    rows = torch.arange(8)
+    board = ((rows[:, None] + rows) % 2 * 2.0 - 1).double().expand(2, 3, 8, 8)
+
+    def gradient(shift: torch.Tensor, size: int | None) -> torch.Tensor:
+        output = (source + shift).requires_grad_()
+        return torch.autograd.grad(l2_to(source, output, size), output)[0]
+
+    assert gradient(board, 4).abs().max() < 1e-15
+    cast = torch.full_like(source, 0.3)
+    for size in (None, 8, 4, 1):
+        torch.testing.assert_close(gradient(cast, size), 2 * cast / cast.numel())
+        torch.testing.assert_close(gradient(cast + board, 4), gradient(cast, None))
+    noise = torch.randn_like(source)
+    blocks = noise.reshape(2, 3, 4, 2, 4, 2).mean((3, 5))
+    expected = blocks.repeat_interleave(2, 2).repeat_interleave(2, 3) * 2 / source.numel()
+    torch.testing.assert_close(gradient(noise, 4), expected)
+
+
+def test_the_size_of_l2_is_what_trains(tiny_prior_folder, data, tmp_path):
+    def weights(name: str, *more: str) -> dict:
+        args = worlds.translator_args(tiny_prior_folder, data, tmp_path / name, "SDS", *more)
+        train_translator.main(args)
+        return last(tmp_path / name)["state_dict"]
+
+    whole = weights("whole")
+    assert_same(weights("own", "--model.l2_size=16"), whole)
+    with pytest.raises(AssertionError):
+        assert_same(weights("smaller", "--model.l2_size=4"), whole)
 
 
 def test_stage_one_logs_losses_pictures_and_spectra(tiny_prior_folder, data, tmp_path):
