@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lmc.hub import HubNetwork
 from lmc.priors import check_identity, say_unchecked
+from lmc.schedule import time_bin
 from lmc.unet import (
     ENCODING,
     Norm,
@@ -22,19 +23,29 @@ from lmc.unet import (
     frequency_encoding,
 )
 
-Statistics = Literal["image", "channel", "none"]
+Statistics = Literal["image", "channel", "none", "calibrated"]
+RATIO_BINS = 20  # of t, over [0, 1]
+RATIO_RATE = 0.02  # how much one sample moves the running mean of its bin
 
 
-def normalise(b_hat: Tensor, z_hat: Tensor, statistics: Statistics = "image") -> Tensor:
+def normalise(
+    b_hat: Tensor, z_hat: Tensor, statistics: Statistics = "image", ratio: Tensor | None = None
+) -> Tensor:
     """b(z, t): `b_hat` with its standard deviation replaced by that of `z_hat`, its mean kept.
 
     b = σ(z_hat)/σ(b_hat) (b_hat − μ(b_hat)) + μ(b_hat)   [LMC, Eq. 10]
+
+    A b̂ that predicts the mean of z_hat over eps has less contrast than one z_hat, which Eq. 10 then
+    gives it: on the prior's own pictures b is bolder than the mean of z_hat, and b − z_hat takes
+    contrast away at every frequency, a haze. 'calibrated' divides by what the ratio of the two
+    deviations is there on average, so that it is only what a picture has beyond that.
 
     Args:
         b_hat: the network's output, float (B, C, H, W).
         z_hat: the prior's one-step estimate, the same shape.
         statistics: μ and σ per 'image' (over C, H, W: the paper's) or per 'channel' (over H, W);
-            'none' leaves `b_hat` as it is.
+            'none' leaves `b_hat` as it is; 'calibrated' is per image, with σ(z_hat) / `ratio`.
+        ratio: of 'calibrated': the mean of σ(z_hat)/σ(b_hat) at each one's t, (B,).
 
     Returns:
         (B, C, H, W), float32 or wider. Where σ(b_hat) is 0 the result is its mean, not NaN.
@@ -42,13 +53,16 @@ def normalise(b_hat: Tensor, z_hat: Tensor, statistics: Statistics = "image") ->
     b_hat = b_hat.to(torch.promote_types(z_hat.dtype, torch.float32))
     if statistics == "none":
         return b_hat
-    dims = (1, 2, 3) if statistics == "image" else (2, 3)
+    dims = (2, 3) if statistics == "channel" else (1, 2, 3)
     mean = b_hat.mean(dims, keepdim=True)
     centred = b_hat - mean
     # The floor, a deviation of 1e-4, is far below any picture's and far above what rounding leaves
     # of a flat one; the clamp also keeps the root's gradient finite at 0.
     deviation = centred.square().mean(dims, keepdim=True).clamp_min(1e-8).sqrt()
     wanted = z_hat.std(dims, correction=0, keepdim=True)
+    if statistics == "calibrated":
+        assert ratio is not None
+        wanted = wanted / ratio.view(-1, 1, 1, 1)
     return wanted / deviation * centred + mean
 
 
@@ -75,6 +89,9 @@ class BiasCorrector(nn.Module, ABC):
             raise ValueError(f"unknown statistics {statistics!r}; known are {known}")
         self.statistics: Statistics = statistics
         self.prior = dict(prior or {})
+        if statistics == "calibrated":  # no part of other correctors, nor of older releases
+            self.register_buffer("ratio", torch.ones(RATIO_BINS))
+        self.ratio: Tensor
 
     @abstractmethod
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
@@ -93,7 +110,58 @@ class BiasCorrector(nn.Module, ABC):
         Args:
             statistics: in place of the corrector's own.
         """
-        return normalise(self(z, t), z_hat, statistics or self.statistics)
+        return self.normalised(self(z, t), t, z_hat, statistics)
+
+    def normalised(
+        self, b_hat: Tensor, t: Tensor, z_hat: Tensor, statistics: Statistics | None = None
+    ) -> Tensor:
+        """`correct` of what `forward` gave.
+
+        Raises:
+            ValueError: 'calibrated', for which it was not trained.
+        """
+        chosen = statistics or self.statistics
+        if chosen != "calibrated":
+            return normalise(b_hat, z_hat, chosen)
+        self.check_statistics(chosen)
+        # Linear between the centres of the bins.
+        last = len(self.ratio) - 1
+        at = (t.to(self.ratio.dtype) * len(self.ratio) - 0.5).clamp(0, last)
+        below = at.floor().long()
+        above = (below + 1).clamp(max=last)
+        return normalise(
+            b_hat, z_hat, chosen, torch.lerp(self.ratio[below], self.ratio[above], at - below)
+        )
+
+    def check_statistics(self, statistics: Statistics | None) -> None:
+        """Refuse what it cannot be applied with.
+
+        Raises:
+            ValueError: 'calibrated', for which it was not trained.
+        """
+        if statistics == "calibrated" and self.statistics != "calibrated":
+            raise ValueError(
+                "statistics 'calibrated' need a corrector that was trained with them, this one's "
+                f"are {self.statistics!r}"
+            )
+
+    @torch.no_grad()
+    def calibrate(self, b_hat: Tensor, t: Tensor, z_hat: Tensor, among: Tensor) -> None:
+        """Move the running means of σ(z_hat)/σ(b_hat), by t, towards a batch's.
+
+        Args:
+            b_hat: of the prior's own pictures, (B, C, H, W).
+            t: (B,).
+            z_hat: as b_hat.
+            among: which of them count, bool (B,).
+        """
+        dims = (1, 2, 3)
+        ratios = z_hat.std(dims, correction=0) / b_hat.std(dims, correction=0).clamp_min(1e-4)
+        weights, bins = among.to(ratios.dtype), time_bin(t, len(self.ratio))
+        zeros = torch.zeros_like(self.ratio)
+        counts = zeros.index_add(0, bins, weights.to(zeros))
+        means = zeros.index_add(0, bins, (weights * ratios).to(zeros)) / counts.clamp_min(1)
+        self.ratio.lerp_(means, 1 - (1 - RATIO_RATE) ** counts)
 
     def digest(self) -> str:
         """SHA-256 of what it corrects by: its kind, statistics and weights."""

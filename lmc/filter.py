@@ -38,7 +38,7 @@ class FilterCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
         statistics, prior: see `BiasCorrector`.
 
     Raises:
-        ValueError: no bins, or unknown statistics.
+        ValueError: no bins, unknown statistics, or 'calibrated' ones, which need a training.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class FilterCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
         prior: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(statistics, prior)
+        if statistics == "calibrated":
+            raise ValueError("statistics 'calibrated' are of correctors that are trained")
         if bins < 1:
             raise ValueError(f"bins must be at least 1, got {bins}")
         low, high = time_range
@@ -121,7 +123,7 @@ class HybridCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
         prior: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(statistics, prior)
-        self.closed_form = FilterCorrector(channels, **closed_form, statistics=statistics)
+        self.closed_form = FilterCorrector(channels, **closed_form, statistics=_own(statistics))
         self.unet = UNet(channels + ENCODING, channels, widths, norm, bounded=False)
         self.unet.check_size(closed_form["size"])
         nn.init.zeros_(self.unet.last.weight)
@@ -150,7 +152,7 @@ class HybridCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
                 raise ValueError(f"the closed form's {name} is {there}, this corrector's {here}")
         kept = {name: its[name] for name in ("size", "bins", "time_range", "mix_channels")}
         if any(mine[name] != its[name] for name in ("bins", "mix_channels")):
-            new = FilterCorrector(its["channels"], **kept, statistics=self.statistics)
+            new = FilterCorrector(its["channels"], **kept, statistics=_own(self.statistics))
             self.closed_form = new.to(self.closed_form.gain.device)
             self.arguments["closed_form"] = kept
         self.closed_form.load_state_dict(closed_form.state_dict())
@@ -159,6 +161,11 @@ class HybridCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
         """As of any network of the hub; with what `begin_with` has changed."""
         config = kwargs.pop("config", None) or self.arguments  # push_to_hub gives None
         return super().save_pretrained(*args, config=config, **kwargs)
+
+
+def _own(statistics: Statistics) -> Statistics:
+    """Those of a hybrid's closed form by itself."""
+    return "image" if statistics == "calibrated" else statistics
 
 
 def plain(value: Any) -> Any:

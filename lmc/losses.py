@@ -256,7 +256,7 @@ class LMC(ScoreDistillation):
 
     Raises:
         FileNotFoundError: there is no such corrector.
-        ValueError: unknown statistics.
+        ValueError: unknown statistics, or some that the corrector was not trained for.
     """
 
     name = "lmc"
@@ -280,6 +280,7 @@ class LMC(ScoreDistillation):
             corrector = (
                 IdentityCorrector() if corrector == "identity" else load_corrector(corrector)
             )
+        corrector.check_statistics(statistics)
         self.corrector = corrector.eval().requires_grad_(False)
         self.fixed_noise, self.statistics, self.keep_ratio = fixed_noise, statistics, keep_ratio
 

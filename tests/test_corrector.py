@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmc import losses
 from lmc.corrector import Corrector, IdentityCorrector, corrector_loss, normalise
 from lmc.filter import FilterCorrector, HybridCorrector, estimate_filter
 from lmc.load import load_corrector
@@ -402,6 +403,73 @@ def test_what_is_no_corrector_is_refused_by_what_it_holds(tmp_path):
     Corrector(widths=[8, 8]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="names no prior"):
         load_corrector(str(tmp_path))
+
+
+def test_calibrated_statistics_have_no_drift_where_eq_10_has_a_haze():
+    """ẑ = g z + noise, whose mean over the noise b̂ = g z is: along z the mean of ẑ − b has to be 0.
+
+    Eq. 10 gives b the deviation of ẑ with its noise: √(g² + s²) / g times too much.
+    """
+    gain, noise = 0.8, 0.4
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(400, 3, 16, 16, generator=generator, dtype=torch.float64)
+    z_hat = gain * z + noise * torch.randn(z.shape, generator=generator, dtype=torch.float64)
+    t = torch.rand(400, generator=generator, dtype=torch.float64)
+    network = Corrector(widths=(8, 8), statistics="calibrated").double()
+    for part in range(0, 400, 20):
+        here = slice(part, part + 20)
+        for _ in range(30):
+            network.calibrate(gain * z[here], t[here], z_hat[here], torch.ones(20).bool())
+
+    def drift(statistics) -> float:
+        v = z_hat - network.normalised(gain * z, t, z_hat, statistics)
+        return ((v * z).sum() / z.square().sum()).item()
+
+    wide = (gain**2 + noise**2) ** 0.5
+    assert drift("image") == pytest.approx(gain - wide, abs=5e-3)  # -0.094
+    assert drift("calibrated") == pytest.approx(0, abs=5e-3)
+    torch.testing.assert_close(
+        network.ratio, torch.full_like(network.ratio, wide / gain), rtol=0.03, atol=0
+    )
+
+
+def test_the_ratio_is_that_of_each_time_and_of_those_that_count():
+    network = Corrector(widths=(8, 8), statistics="calibrated").double()
+    b_hat = pictures(0)
+    t = torch.tensor([0.125, 0.125, 0.475, 0.475], dtype=torch.float64)  # centres of bins
+    scale = torch.tensor([2.0, 2.0, 3.0, 50.0], dtype=torch.float64).view(-1, 1, 1, 1)
+    among = torch.tensor([True, True, True, False])
+    for _ in range(1000):
+        network.calibrate(b_hat, t, scale * b_hat, among)
+    expected = torch.ones(20, dtype=torch.float64)
+    expected[2], expected[9] = 2, 3
+    torch.testing.assert_close(network.ratio, expected, rtol=1e-6, atol=0)
+    # In the middle between the centres of a bin of 2 and one of 1.
+    between = torch.tensor([0.15], dtype=torch.float64)
+    one = network.normalised(b_hat[:1], between, b_hat[1:2])
+    expected = normalise(b_hat[:1], b_hat[1:2], "calibrated", torch.tensor([1.5]).double())
+    torch.testing.assert_close(one, expected)
+    whole = normalise(b_hat[:1], b_hat[1:2])
+    mean = b_hat[:1].mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(one - mean, (whole - mean) / 1.5)
+
+
+def test_calibrated_statistics_are_released_and_need_a_training(tmp_path):
+    network = Corrector(widths=(8, 8), statistics="calibrated", prior={"digest": "0"})
+    network.ratio += torch.rand(20)
+    network.save_pretrained(tmp_path)
+    again = load_corrector(str(tmp_path))
+    assert torch.equal(again.ratio, network.ratio) and again.digest() == network.digest()
+    assert "ratio" not in Corrector(widths=(8, 8)).state_dict()  # as in older releases
+    b_hat = pictures(0)
+    with pytest.raises(ValueError, match="need a corrector that was trained with them"):
+        Corrector(widths=(8, 8)).normalised(b_hat, torch.rand(4), b_hat, "calibrated")
+    with pytest.raises(ValueError, match="need a corrector that was trained with them"):
+        losses.LMC(Corrector(widths=(8, 8)), statistics="calibrated")
+    with pytest.raises(ValueError, match="are of correctors that are trained"):
+        FilterCorrector(3, 8, statistics="calibrated")
+    hybrid = HybridCorrector(3, {"size": 8}, (8, 8), statistics="calibrated")
+    assert [name for name, _ in hybrid.named_buffers() if "ratio" in name] == ["ratio"]
 
 
 def test_no_statistics_leave_the_output_and_others_can_be_asked_for():

@@ -132,7 +132,7 @@ def heldout_excess(
         eps = torch.cat(list(drawn)).to(x.z.device)
         estimates.append(sample_triplets(prior, x.z, x.t, eps, null.expand(len(x.z))).z_hat)
     return excess_over_floor(
-        [normalise(b_hat, z_hat, corrector.statistics) - z_hat for z_hat in estimates]
+        [corrector.normalised(b_hat, x.t, z_hat) - z_hat for z_hat in estimates]
     )
 
 

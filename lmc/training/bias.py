@@ -47,7 +47,8 @@ class CorrectorTraining(TrainingModule):
         prior: the frozen diffusion model.
         widths: filters per level of the U-Net; the last is the middle level.
         norm: 'none' as in the paper, or 'group'.
-        statistics: of Eq. 10: per 'image' (the paper's), per 'channel' or 'none'.
+        statistics: of Eq. 10: per 'image' (the paper's), per 'channel' or 'none'; or 'calibrated',
+            which is trained as 'none' and applied per image, without its haze: see `normalise`.
         bounded: end in tanh; None is true for a pixel prior and false for a latent one, whose z
             has no bound, and for a hybrid.
         kind: what is trained: 'unet', the paper's `Corrector`; or 'hybrid', a closed form, which is
@@ -284,11 +285,18 @@ class CorrectorTraining(TrainingModule):
         generator = self.generator()
         x = self.triplets(batch, generator)
         self.batches_done += 1
-        if self.restoring is None:
+        calibrated = self.corrector.statistics == "calibrated"
+        if self.restoring is None and not calibrated:
             losses = corrector_loss(self.corrector.correct(x.z, x.t, x.z_hat), x.z_hat)
         else:
-            z = self.restoring.perturb(x.z, generator, self.prior.latent)
-            losses = corrector_loss(self.corrector(z, x.t), x.z_hat + (z - x.z))
+            z = x.z
+            if self.restoring is not None:
+                z = self.restoring.perturb(x.z, generator, self.prior.latent)
+            b_hat = self.corrector(z, x.t)
+            losses = corrector_loss(b_hat, x.z_hat + (z - x.z))
+            if calibrated:
+                clean = (z == x.z).flatten(1).all(1)
+                self.corrector.calibrate(b_hat.detach().float(), x.t, x.z_hat, clean)
         self.watch(losses[:, None], x.t, batch.key, "L_k")
         self.log("train/loss", losses.mean())
         self.log_by_time("train/loss_by_t", losses.detach(), x.t)

@@ -222,6 +222,36 @@ def test_a_restoring_training_is_of_perturbed_pictures(
     assert "heldout/restoring_loss" in tags
 
 
+def test_a_calibrated_training_notes_the_ratio_of_clean_pictures(
+    tiny_prior_folder, data, tmp_path, monkeypatch
+):
+    """And is otherwise one without Eq. 10."""
+    seen, right = [], Corrector.calibrate
+
+    def note(self, b_hat, t, z_hat, among):
+        seen.append((b_hat, z_hat, among))
+        return right(self, b_hat, t, z_hat, among)
+
+    monkeypatch.setattr(Corrector, "calibrate", note)
+    given = ["--model.statistics=calibrated", "--model.ema_decay=0", "--model.bounded=false"]
+    runs = {}
+    for name, more in (("plain", []), ("restoring", ["--model.restoring={}"])):
+        seen.clear()
+        run = tmp_path / name
+        args = worlds.bias_args(tiny_prior_folder, data, run, *given, *more)
+        metrics = train_bias.main(args).trainer.callback_metrics
+        runs[name], _ = load_averaged(run)
+        among = torch.cat([each for *_, each in seen])
+        assert among.all() if name == "plain" else 0 < among.sum() < len(among)
+        assert len(seen) == 4 and (runs[name].ratio != 1).any()
+        assert metrics["heldout/loss"] > 0
+    none = worlds.bias_args(tiny_prior_folder, data, tmp_path / "none", *given)
+    train_bias.main([*none, "--model.statistics=none"])
+    network, _ = load_averaged(tmp_path / "none")
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, runs["plain"].state_dict()[name]), name
+
+
 def test_the_heldout_restoring_loss_is_that_of_perturbed_pictures(tiny_prior_folder, data):
     """Of b̂ = z, which answers every δ whole, it is the clean pictures' own."""
     prior = DiffusersPrior(str(tiny_prior_folder))
