@@ -130,6 +130,36 @@ def response(
 
 
 @torch.no_grad()
+def drift(
+    corrector: BiasCorrector,
+    prior: Prior,
+    z: Tensor,
+    null: Embedding,
+    generator: torch.Generator,
+    times: Sequence[float] = TIMES,
+    advance: Callable[[int], None] = lambda images: None,
+) -> list[float]:
+    """What the corrective term does to the contrast of clean pictures, a unit of descent, by t.
+
+    Σ⟨ẑ_t − b, z − z̄⟩ / Σ‖z − z̄‖², z̄ the pictures' mean values: below 0 it takes contrast away, a
+    haze, and 0 is what LMC-SDS wants.
+
+    Args:
+        corrector, prior, z, null, generator, times, advance: see `response`.
+    """
+    found = []
+    centred = z - z.mean((1, 2, 3), keepdim=True)
+    for time in times:
+        t = torch.full((len(z),), time, dtype=z.dtype, device=z.device)
+        eps = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        pair = [_term(corrector, prior, z, t, noise, null) for noise in (eps, -eps)]
+        term = (pair[0] + pair[1]) / 2
+        found.append((-(term * centred).sum() / centred.square().sum()).item())
+        advance(2 * len(z))
+    return found
+
+
+@torch.no_grad()
 def free_run(
     corrector: BiasCorrector,
     prior: Prior,
@@ -245,24 +275,26 @@ def stability_at(
 
     Returns:
         Plain values: 'images', how many; 'times'; 'response', by kind a number for each t; 'mean',
-        by kind that over t; 'free_run', see there; 'holds' and 'verdict', see there. And 'start'
-        and 'end': z before and after the free run.
+        by kind that over t; 'drift' and 'free_run', see there; 'holds' and 'verdict', see there.
+        And 'start' and 'end': z before and after the free run.
     """
     null = prior.embed([""]).to(z.device)
     generator = torch.Generator(z.device).manual_seed(seed)
-    every = len(z) * (len(times) * (1 + len(kinds(z.shape[2]))) + 2 * steps)
+    every = len(z) * (len(times) * (3 + len(kinds(z.shape[2]))) + 2 * steps)
     with Progress("stability", every, "evaluations", quiet=quiet) as progress:
         found = response(corrector, prior, z, null, generator, times, progress.advance)
         end, history = z, dict[str, list[float]]()
         if steps:
             how: Any = (steps, time_range, progress.advance)
             end, history = free_run(corrector, prior, z, null, generator, *how)
+        haze = drift(corrector, prior, z, null, generator, times, progress.advance)
     result = {
         "images": len(z),
         "statistics": corrector.statistics,
         "times": list(times),
         "response": found,
         "mean": {name: sum(values) / len(values) for name, values in found.items()},
+        "drift": haze,
         "free_run": history,
     }
     holds, said = verdict(result)
@@ -328,11 +360,13 @@ def verdict(result: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """r by kind and t, as text."""
+    """r by kind and t, and below it the drift of clean pictures' contrast, as text."""
     times = [f"t = {time:g}" for time in result["times"]]
     rows = [["", *times, "mean"]]
     for name, values in result["response"].items():
         rows.append([name, *(f"{x:.3f}" for x in (*values, result["mean"][name]))])
+    drifts = result["drift"]
+    rows.append(["clean contrast", *(f"{x:+.3f}" for x in (*drifts, sum(drifts) / len(drifts)))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

@@ -11,7 +11,7 @@ import yaml
 from lmc.cli import main
 from lmc.corrector import BiasCorrector, Corrector, IdentityCorrector, corrector_loss
 from lmc.measure.correctors import excess_over_floor, heldout_excess
-from lmc.measure.stability import TIMES, response, stability, verdict
+from lmc.measure.stability import TIMES, drift, response, stability, verdict
 from lmc.priors import DiffusersPrior
 from lmc.shards.images import ImageStream
 from lmc.shards.triplets import heldout_triplets
@@ -57,6 +57,10 @@ def test_the_response_is_that_of_theory(prior, more):
     assert {"cast", "smooth cast", "fine stripes", "contrast", "blur", "mix"} < set(found)
     for values in found.values():
         assert values == pytest.approx([more] * len(TIMES), abs=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    z = pictures(prior)
+    haze = drift(Filtering(prior, more), prior, z, prior.embed([""]), generator)
+    assert haze == pytest.approx([-more] * len(TIMES), abs=1e-9)
 
 
 def test_noise_is_answered_by_its_frequencies(prior):
