@@ -3,13 +3,13 @@
     make demo
     python benchmarks/runaway.py --out runs/runaway
 
-Trains four correctors with the demo's configuration (the paper's U-Net, the closed form, the
-hybrid, the hybrid trained to restore, each with about as many evaluations of the prior; the
-stability test of each), a translator with each at each guidance scale, and those of --long further
-with the last, which is the recommended one. Nothing but that differs from configs/translator/
-demo.yaml, except that the learning rate is not halved before step 1,583 and that the prior runs in
-bfloat16. OUT/runaway.json has all figures, OUT/runaway.png the picture. Two cores: an hour and a
-half; it goes on where it was stopped.
+Trains five correctors with the demo's configuration (the paper's U-Net, the closed form, the
+hybrid, the hybrid trained to restore, and that one calibrated, each with about as many evaluations
+of the prior; the stability test of each), a translator with each at each guidance scale, and those
+of --long further with the last, which is the recommended one. Nothing but that differs from
+configs/translator/demo.yaml, except that the learning rate is not halved before step 1,583 and that
+the prior runs in bfloat16. OUT/runaway.json has all figures, OUT/runaway.png the picture. Two
+cores: an hour and a half; it goes on where it was stopped.
 """
 
 import argparse
@@ -35,14 +35,16 @@ CORRECTORS: dict[str, dict[str, str]] = {
     "paper": {
         "model.kind": "unet",
         "model.restoring": "null",
+        "model.statistics": "image",
         "trainer.max_steps": "1450",
         "trainer.val_check_interval": "1450",
     },
     "closed form": {},
-    "hybrid": {"model.restoring": "null"},
-    "restoring": {},
+    "hybrid": {"model.restoring": "null", "model.statistics": "image"},
+    "restoring": {"model.statistics": "image"},
+    "calibrated": {},
 }
-RECOMMENDED = "restoring"
+RECOMMENDED = "calibrated"
 TOLD = ("loss", "excess", "floor", "identity_loss", "closed_form_loss")
 
 
