@@ -12,6 +12,7 @@ import train_translator
 from lmc.progress import NOTE
 from lmc.shards.images import ImageStream
 from lmc.training.callbacks import SaveBest, ShowProgress
+from lmc.training.translator import TranslatorTraining
 from lmc.training.validation import Heldout
 from lmc.training.watch import ALIKE, FALLEN, GAINED, SATURATED, Sources, Watch, astray
 
@@ -75,11 +76,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_what_is_known_of_the_sources_depends_on_no_batch(data):
+    model = TranslatorTraining.__new__(TranslatorTraining)  # of its kind, and nothing else
+
     def sources(size: int, limit: int) -> Sources:
         watch = Watch(ShowProgress(), SaveBest(Path("best.ckpt")))
         stream = ImageStream(f"{data}/heldout-*.tar", 16, size, training=False, limit=limit)
         for i, batch in enumerate(stream):
-            watch.on_validation_batch_end(None, None, None, batch, i)
+            watch.on_validation_batch_end(None, model, None, batch, i)
         return watch.measured_sources()
 
     whole = sources(50, 7)
