@@ -255,7 +255,7 @@ def test_the_whole_demo_runs(tmp_path):
 
     assert min(Image.open(out / "grid.png").size) > 200
     page = (out / "report.html").read_text()
-    assert page.count('class="picture"') == 3 * 4 * 3, "losses, classes, held-out cats"
+    assert page.count('class="picture"') == (1 + 3) * 4 * 3, "truth, losses; classes; cats"
     assert page.count("<summary>config.yaml</summary>") == 4
     for name in ("corrector", "lmc", "sds", "dds"):
         network = load_network(str(out / "release" / name))
