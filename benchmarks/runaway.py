@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 5, 15, 30])
     parser.add_argument("--long", type=float, nargs="+", default=[1, 2, 5, 15])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--long-steps", type=int, default=5000)
+    parser.add_argument("--long_steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16", help="the prior's, in stage two")
