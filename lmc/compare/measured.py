@@ -26,7 +26,7 @@ from lmc.measure.evaluate import (
 )
 from lmc.measure.figures import labelled_grid
 from lmc.measure.metrics import Clip, distances
-from lmc.measure.results import VERSION, Features, numbers
+from lmc.measure.results import VERSION, Real, numbers
 from lmc.shards.images import ImageStream
 from lmc.shards.stream import expand_shards
 from lmc.translator import Translator
@@ -40,12 +40,12 @@ class References:
 
     Attributes:
         truth: the true counterparts of the held-out images, if there are any.
-        real: CLIP's features of real images of the targets, if there are any.
+        real: real images of the targets, by CLIP's features, if there are any.
         about: what tells them from others, 'truth' and 'real', of those there are.
     """
 
     truth: Truth | None = None
-    real: Features | None = None
+    real: Real | None = None
     about: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -66,14 +66,14 @@ def references(
         stream = ImageStream(data["heldout"], size, BATCH, training=False)
         true.check_has(classes, heldout_keys(stream)[0], "true counterpart")
         about["truth"] = _stamp(_files(true))
-    features = None
+    pictures = None
     if real is not None:
         batches = real_images(real, classes, size, BATCH)
-        features = real_features(batches, Tools({}, clip), classes, device)
+        pictures = real_features(batches, Tools({}, clip), classes, device)
         about["real"] = _stamp(
             _files(Folder(Path(real))) if Path(real).is_dir() else expand_shards(real)
         )
-    return References(true, features, about)
+    return References(true, pictures, about)
 
 
 def _files(folder: Folder) -> list[str]:

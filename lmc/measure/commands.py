@@ -137,9 +137,9 @@ def evaluate(
         notes += [f"{name}: its folder {each} is of no class that is measured" for each in more]
     real_batches = real_images(real, classes, size, batch_size, rank, world_size) if real else None
     tools = Tools.load(clip, size, real_batches is not None, device, offline, true)
-    features = None
+    pictures = None
     if real_batches is not None and (tools.inception or tools.clip):
-        features = real_features(real_batches, tools, classes, device)
+        pictures = real_features(real_batches, tools, classes, device)
     mine, rows = len(range(rank, len(keys), world_size)), 1 + len(names)
     with Progress("evaluating", mine * rows, "images", quiet=rank > 0) as progress:
         before: dict[str, int] = {}
@@ -159,7 +159,7 @@ def evaluate(
             prompts,
             device,
             against if against in ("source", *names) else None,
-            features,
+            pictures,
             watch,
         )
     if world_size > 1:

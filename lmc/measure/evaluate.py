@@ -30,7 +30,7 @@ from lmc.measure.metrics import (
     saturation,
     winners,
 )
-from lmc.measure.results import Features, Measured, check_keys, merge, pixel_digest, result
+from lmc.measure.results import Measured, Real, check_keys, digest_of, merge, pixel_digest, result
 from lmc.shards.encoded import opened
 from lmc.shards.images import (
     SUFFIXES,
@@ -467,17 +467,14 @@ def real_images(
 @torch.no_grad()
 def real_features(
     batches: Iterable[ImageBatch], tools: Tools, classes: Sequence[str], device: str = "cpu"
-) -> Features:
-    """Inception's and CLIP's features of real images of the target classes, (N, D) each.
+) -> Real:
+    """Real images of the target classes, by Inception's and CLIP's features.
 
     Args:
         batches: images, with their class as label; other classes' are passed over.
         tools: with `inception`, `clip` or both.
         classes: the target classes.
         device: where to compute.
-
-    Returns:
-        By network, 'inception' and 'clip', and by class.
 
     Raises:
         ValueError: fewer than two images of a class, or one that cannot be read.
@@ -487,7 +484,7 @@ def real_features(
         networks["inception"] = tools.inception
     if (clip := tools.clip) is not None:
         networks["clip"] = lambda pixels: clip.images(from_uint8(pixels)).cpu()
-    mine: list[tuple[str, str, dict[str, Tensor]]] = []
+    mine: list[tuple[str, str, str, dict[str, Tensor]]] = []
     for batch in batches:
         if batch.skipped:
             raise ValueError(f"a real image cannot be read: {batch.skipped[0]}")
@@ -495,22 +492,26 @@ def real_features(
             continue
         pixels = to_uint8(batch.image).to(device)
         features = {name: network(pixels) for name, network in networks.items()}
+        digests = [pixel_digest(x) for x in pixels.cpu().numpy()]
         mine += [
-            (label, key, {name: each[i] for name, each in features.items()})
-            for i, (label, key) in enumerate(zip(batch.label, batch.key, strict=True))
+            (label, key, digest, {name: each[i] for name, each in features.items()})
+            for i, (label, key, digest) in enumerate(
+                zip(batch.label, batch.key, digests, strict=True)
+            )
             if label in classes
         ]
-    every = sorted(itertools.chain.from_iterable(from_all_processes(mine)), key=lambda x: x[:2])
-    found = {name: [x for label, _, x in every if label == name] for name in classes}
+    every = sorted(itertools.chain.from_iterable(from_all_processes(mine)), key=lambda x: x[:3])
+    found = {name: [x for label, *_, x in every if label == name] for name in classes}
     for name, several in found.items():
         if len(several) < 2:
             raise ValueError(f"{len(several)} real images of the class {name!r}; two are needed")
-    return {
+    features = {
         network: {
             name: torch.stack([x[network] for x in several]) for name, several in found.items()
         }
         for network in networks
     }
+    return Real(features, digest_of({f"{x[0]}/{x[1]}": x[2] for x in every}))
 
 
 @torch.no_grad()
@@ -521,7 +522,7 @@ def evaluate(
     prompts: Prompts,
     device: torch.device | str = "cpu",
     against: str | None = None,
-    real: Features | None = None,
+    real: Real | None = None,
     watch: Callable[[str, int], None] = lambda row, images: None,
 ) -> dict[str, Any]:
     """Every held-out image to every target class by every row, measured.
@@ -570,9 +571,13 @@ def evaluate(
         "candidates": list(prompts.candidates),
         "clip": tools.clip.name if tools.clip else None,
         "distance": next(iter(tools.distances)),
-        "real": {name: len(x) for name, x in next(iter(real.values())).items()} if real else None,
+        "real": _counts(real) if real else None,
     }
     return result(measured, settings, against, excluded, tools.left_out, real)
+
+
+def _counts(real: Real) -> dict[str, int]:
+    return {name: len(x) for name, x in next(iter(real.features.values())).items()}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -42,6 +42,19 @@ Features = Mapping[str, Mapping[str, Tensor]]  # by network and class, (M, D)
 COMPARABLE = ("classes", "prompts", "candidates", "clip", "distance")  # settings that must agree
 
 
+@dataclass(frozen=True)
+class Real:
+    """Real images of the target classes, to which outputs are near or not.
+
+    Attributes:
+        features: by network, 'inception' and 'clip', and by class, (M, D) each.
+        digest: `digest_of` the images.
+    """
+
+    features: Features
+    digest: str
+
+
 @dataclass
 class Measured:
     """What was measured of N images, translated to C classes each.
@@ -277,7 +290,7 @@ def result(
     against: str | None,
     excluded: Sequence[str],
     left_out: Sequence[str],
-    real: Features | None,
+    real: Real | None,
 ) -> dict[str, Any]:
     """A result, see docs/evaluation.md.
 
@@ -286,22 +299,23 @@ def result(
         settings: of the result, with 'classes' and 'candidates'.
         against: the row that the others but 'source' are compared with, if any.
         excluded, left_out: its lists.
-        real: features of real images by network and class, as `Measured.features`, (M, D) each.
+        real: see `real_images`; KID, FID and CMMD are measured with them.
 
     Raises:
         ValueError: two rows are of different images, or there is a single one and `real`.
     """
     first = next(iter(measured.values()))
     check_same({name: each.digest() for name, each in measured.items()})
+    features = None
     if real is not None:
-        real = {net: {c: each[c] for c in settings["classes"]} for net, each in real.items()}
-    if real and len(first.keys) < 2:
+        features = {net: {c: x[c] for c in settings["classes"]} for net, x in real.features.items()}
+    if features and len(first.keys) < 2:
         raise ValueError("KID, FID and CMMD need two held-out images or more")
     weights = resampling(len(first.keys))
     classes, places = settings["classes"], len(settings["candidates"])
     once = np.full((1, len(first.keys)), 1 / len(first.keys))
-    values = {name: statistics(each, once, real) for name, each in measured.items()}
-    resampled = {name: statistics(each, weights, real) for name, each in measured.items()}
+    values = {name: statistics(each, once, features) for name, each in measured.items()}
+    resampled = {name: statistics(each, weights, features) for name, each in measured.items()}
     found: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -318,13 +332,14 @@ def result(
             "histogram": short(_share(first.source_counts.sum(0))),
         },
         "truth": _truth(first, classes, once),
+        "real": None if real is None else {"digest": real.digest},
         "rows": {},
         "differences": {},
     }
     for name, each in measured.items():
         row = summary(values[name], resampled[name], classes, len(each.keys))
-        if real is not None and {"inception"} <= real.keys() & each.features.keys():
-            row |= of_sets(each.features["inception"], real["inception"], classes)
+        if features is not None and {"inception"} <= features.keys() & each.features.keys():
+            row |= of_sets(each.features["inception"], features["inception"], classes)
         found["rows"][name] = {"images": len(each.keys), "summary": row}
         found["rows"][name] |= _arrays(each, classes, places, once)
         if against is not None and name not in (against, "source"):
@@ -462,12 +477,9 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
     (first, found), *others = ((name, dict(each)) for name, each in results.items())
     rows = dict(found["rows"])
     truths = {name: each["truth"] for name, each in results.items() if each.get("truth")}
-    for name, each in truths.items():
-        if each["digest"] != next(iter(truths.values()))["digest"]:
-            raise ValueError(
-                f"the true counterparts (--truth) in {next(iter(truths))} and {name} are different "
-                "pictures: their rows cannot be compared"
-            )
+    reals = {name: each["real"] for name, each in results.items() if each.get("real")}
+    _check_others("true counterparts (--truth)", truths)
+    _check_others("real images (--real)", reals)
     for name, each in others:
         for key in COMPARABLE:
             mine, theirs = found["settings"][key], each["settings"][key]
@@ -486,6 +498,7 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
     return {
         **found,
         "truth": next(iter(truths.values()), None),
+        "real": next(iter(reals.values()), None),
         "left_out": list(dict.fromkeys(lines)),
         "rows": rows,
         "differences": {
@@ -496,6 +509,16 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
             if against is not None and name not in (against, "source")
         },
     }
+
+
+def _check_others(what: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse what is measured against other pictures, told by their digest."""
+    for name, each in found.items():
+        if each["digest"] != next(iter(found.values()))["digest"]:
+            raise ValueError(
+                f"the {what} in {next(iter(found))} and {name} are different pictures: their rows "
+                "cannot be compared"
+            )
 
 
 def _difference(

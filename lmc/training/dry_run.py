@@ -231,7 +231,10 @@ def validation(config: Mapping[str, Any]) -> str:
         beside = f", beside {compared}: {_corrector(compared)}" if compared else ""
         images = model.get("heldout_images")
         many = "all" if images is None else f"the first {images:,}"
-        return f"{every} and at the end, {many} held-out images{beside}"
+        draws, tested = model.get("heldout_draws", 1), model.get("stability", 0)
+        each = f", {draws} evaluations each (not for stored triplets)" if draws > 1 else ""
+        last = f"; the stability test on {tested} at the end" if tested else ""
+        return f"{every} and at the end, {many} held-out images{each}{beside}{last}"
     what = Validation(**model["validation"])
     clip = f"CLIP {what.clip}, in float32 in each process" if what.clip else "no CLIP"
     truth = f"; against the true counterparts in {what.truth}" if what.truth else ""

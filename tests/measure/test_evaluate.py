@@ -41,7 +41,7 @@ from lmc.measure.metrics import (
     saturation,
     spectrum_error,
 )
-from lmc.measure.results import combine, numbers
+from lmc.measure.results import Real, combine, numbers
 from lmc.measure.tables import evaluation_text
 from lmc.shards.images import ImageBatch, ImageStream, from_uint8, to_uint8
 from lmc.translator import Translator
@@ -509,8 +509,8 @@ def test_cmmd_is_of_each_class_against_its_own(tools):
     labels = ["bear", "dog", "dog"] * 4
     batches = [ImageBatch(pictures, [str(i) for i in range(12)], labels)]
     real = real_features(batches, tools, list(PROMPTS))
-    assert list(real) == ["clip"]
-    backwards = {"clip": dict(reversed(real["clip"].items()))}
+    assert list(real.features) == ["clip"]
+    backwards = Real({"clip": dict(reversed(real.features["clip"].items()))}, real.digest)
     row = measure(tools, None, scaled(), real=backwards)["rows"]["a"]["summary"]
     assert "kid" not in row and "fid" not in row
     found = []
@@ -524,6 +524,31 @@ def test_cmmd_is_of_each_class_against_its_own(tools):
     assert found[0] != pytest.approx(found[1], rel=0.01)
     with pytest.raises(ValueError, match="CMMD need two held-out images"):
         measure(tools, None, real=real, batches=half_batches(1))
+
+
+def test_results_against_other_real_images_do_not_stand_side_by_side(tools):
+    """The batches that they come in make no difference."""
+    pictures = from_uint8(to_uint8(0.8 * random(12, 3, SIZE, SIZE, seed=3)))
+    labels = ["bear", "dog", "dog"] * 4
+
+    def of(pictures, size):
+        keys = [str(i) for i in range(12)]
+        parts = [slice(i, i + size) for i in range(0, 12, size)]
+        return real_features(
+            [ImageBatch(pictures[x], keys[x], labels[x]) for x in parts], tools, list(PROMPTS)
+        )
+
+    one = measure(tools, None, scaled(), real=of(pictures, 12))
+    same, other, none = (
+        measure(tools, None, steps(9, 20), real=real)
+        for real in (of(pictures, 5), of(-pictures, 12), None)
+    )
+    for each in (same, other, none):
+        each["rows"]["b"] = each["rows"].pop("a")
+    for found in (combine({"one": one, "b": same}, "a"), combine({"b": none, "one": one}, "a")):
+        assert found["real"] == one["real"] is not None
+    with pytest.raises(ValueError, match=r"\(--real\) in one and b are different pictures"):
+        combine({"one": one, "b": other}, "a")
 
 
 def test_kid_and_fid_are_of_all_classes_and_each(tools):
@@ -540,10 +565,10 @@ def test_kid_and_fid_are_of_all_classes_and_each(tools):
         )
         for i in range(0, 20, 6)
     ]
-    features = real_features(batches, with_sets, list(PROMPTS))
-    real = features["inception"]
+    there = real_features(batches, with_sets, list(PROMPTS))
+    real = there.features["inception"]
     assert {name: len(x) for name, x in real.items()} == {"dog": 10, "bear": 5}
-    result = measure(with_sets, scaled(), real=features)
+    result = measure(with_sets, scaled(), real=there)
     summary = result["rows"]["a"]["summary"]
     made = {name: inception(to_uint8(x)) for name, x in outputs()[1].items()}
     expected = fid(real["dog"], made["dog"])

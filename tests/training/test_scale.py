@@ -59,7 +59,8 @@ def long_args(prior: Path, data: str, run: Path, *more: str) -> list[str]:
 def two(tiny_prior_folder: Path, data: str, tmp_path_factory: pytest.TempPathFactory):
     """A whole run of two processes: its folder and what each measured."""
     folder = tmp_path_factory.mktemp("two")
-    return folder / "run", ranks.run(folder, long_args(tiny_prior_folder, data, folder / "run"))
+    args = long_args(tiny_prior_folder, data, folder / "run", "--model.stability=2")
+    return folder / "run", ranks.run(folder, args)
 
 
 @pytest.fixture
@@ -147,6 +148,7 @@ def test_progress_is_printed_by_one_rank(two):
         "effective batch 10 = 2 processes x 5 images x 1 accumulated",
         "the paper's effective batch is 128, not 10; the learning rate stays the configured 0.0001",
         f"step {STEPS}/{STEPS}",
+        f"({two[0] / 'stability.png'})",
     ):
         assert line in logs[0] and line not in logs[1]
 

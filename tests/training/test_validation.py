@@ -767,9 +767,13 @@ def test_a_dry_run_says_what_is_looked_at(
     assert f"every 2 steps and at the end, 7 held-out images to 2 classes; CLIP {clip}" in two
     assert "no CLIP" in said(train_translator.main, args(tiny_prior_folder, data, tmp_path, None))
     one = worlds.bias_args(tiny_prior_folder, data, tmp_path)
-    assert said(train_bias.main, one).endswith("the first 1,000 held-out images")
-    every = [*one, "--model.heldout_images=null"]
+    assert said(train_bias.main, one).endswith(
+        "the first 1,000 held-out images, 2 evaluations each (not for stored triplets)"
+    )
+    every = [*one, "--model.heldout_images=null", "--model.heldout_draws=1"]
     assert said(train_bias.main, every).endswith("all held-out images")
+    every += ["--model.stability=3"]
+    assert said(train_bias.main, every).endswith("images; the stability test on 3 at the end")
     one += [f"--model.closed_form={closed_form}"]
     assert f"beside {closed_form}: here, of the prior {tiny_prior_folder}" in said(
         train_bias.main, one
