@@ -23,9 +23,14 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         residual: the U-Net gives the difference to the image, and starts at zero; the sum is
             clipped to [-1, 1], see `clip`. Not in the paper: what is not edited keeps its detail
             from the first step on, which a short training needs.
+        gated: of a residual translator: the sum is d + (1 − m) image, m one more channel of the
+            U-Net's, zero at the start too. A difference alone has to draw every detail of the
+            image in negative to be rid of it, and a short training leaves ghosts of ears and eyes;
+            m is as smooth as the region that is to be drawn anew.
 
     Raises:
-        ValueError: no classes, a class named twice, or an image_size that the U-Net cannot halve.
+        ValueError: no classes, a class named twice, an image_size that the U-Net cannot halve, or
+            gated without residual.
     """
 
     def __init__(
@@ -35,18 +40,21 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         widths: Sequence[int] = (32, 64, 128, 256, 256, 256),
         norm: Norm = "none",
         residual: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         if not classes or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be distinct names, got {list(classes)}")
         self.classes = list(classes)
         self.image_size = image_size
-        self.unet = UNet(3 + ENCODING, 3, widths, norm, bounded=not residual)
+        if gated and not residual:
+            raise ValueError("gated is of a residual translator: set residual too")
+        self.unet = UNet(3 + ENCODING, 3 + gated, widths, norm, bounded=not residual)
         try:
             self.unet.check_size(image_size)
         except ValueError as error:
             raise ValueError(f"image_size {image_size}: {error}") from error
-        self.residual = residual
+        self.residual, self.gated = residual, gated
         if residual:
             for parameter in self.unet.last.parameters():
                 nn.init.zeros_(parameter)
@@ -74,6 +82,8 @@ class Translator(nn.Module, HubNetwork, tags=["image-to-image"]):
         """
         encoding = frequency_encoding(class_id.to(torch.float32) / len(self.classes))
         output = self.unet(concatenate_condition(image, encoding))
+        if self.gated:
+            output = output[:, :3] - output[:, 3:] * image
         return clip(image + output) if self.residual else output
 
 

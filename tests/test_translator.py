@@ -27,10 +27,26 @@ def test_residual_is_added_and_clipped():
     assert output.max() == 1  # or nothing was clipped
 
 
-def test_residual_learns_from_its_start():
+def test_gated_drops_the_source_where_the_gate_is_open():
+    """d + (1 − m) image, and at the start the image."""
+    translator = residual(gated=True)
+    image, classes = torch.rand(2, 3, 16, 16) - 0.5, torch.tensor([0, 1])
+    assert torch.equal(translator(image, classes), image)
+    d = torch.tensor([0.1, -0.2, 0.3])
+    for m in (0.25, 1.0):
+        with torch.no_grad():
+            translator.unet.last.bias.copy_(torch.tensor([*d, m]))
+        expected = d[:, None, None] + (1 - m) * image
+        torch.testing.assert_close(translator(image, classes), expected)
+    with pytest.raises(ValueError, match="gated is of a residual translator: set residual too"):
+        Translator(["dog"], image_size=16, widths=(8, 16), gated=True)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_residual_learns_from_its_start(gated):
     """The last level starts at zero and keeps the first gradient from the others; the second
     reaches all of them."""
-    translator = residual()
+    translator = residual(gated=gated)
     optimizer = torch.optim.SGD(translator.parameters(), lr=0.1)
     image = torch.rand(4, 3, 16, 16) - 0.5
     for _ in range(2):
@@ -40,8 +56,9 @@ def test_residual_learns_from_its_start():
     assert all(p.grad.abs().max() > 0 for p in translator.parameters())
 
 
-def test_residual_survives_a_release(tmp_path):
-    translator = residual(norm="group")
+@pytest.mark.parametrize("gated", [False, True])
+def test_residual_survives_a_release(tmp_path, gated):
+    translator = residual(norm="group", gated=gated)
     torch.nn.init.normal_(translator.unet.last.weight)
     translator.save_pretrained(tmp_path)
     image = torch.rand(1, 3, 16, 16)

@@ -125,6 +125,7 @@ class TranslatorTraining(TrainingModule):
         widths: filters per level of the U-Net; the last is the middle level.
         norm: 'none' as in the paper, or 'group'.
         residual: learn the difference to the source, see `Translator`; false in the paper.
+        gated: and where to drop the source, see `Translator`.
         score_weight: ramp of the loss's weight.
         l2_weight: ramp of the L2 weight.
         optimizer: learning rate and decay.
@@ -162,6 +163,7 @@ class TranslatorTraining(TrainingModule):
         widths: Sequence[int] = (32, 64, 128, 256, 256, 256),
         norm: Norm = "none",
         residual: bool = False,
+        gated: bool = False,
         score_weight: Ramp = Ramp(0.1, 1.0),
         l2_weight: Ramp = Ramp(1.0, 0.1),
         optimizer: StepDecay = StepDecay(lr=5e-5, factor=0.9, every=50_000),  # noqa: B008
@@ -181,7 +183,8 @@ class TranslatorTraining(TrainingModule):
                 f"model.source {source!r} is among the targets, model.classes {list(classes)}"
             )
         with about("model"):
-            translator = Translator(list(classes), image_size, list(widths), norm, residual)
+            shape = (list(classes), image_size, list(widths), norm)
+            translator = Translator(*shape, residual=residual, gated=gated)
             chosen = loss.choose_time(time)
         super().__init__(translator, optimizer, ema_decay, seed)
         self.prior, self.loss, self.time = prior, loss, chosen
