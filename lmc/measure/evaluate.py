@@ -491,10 +491,10 @@ def real_features(
         if not set(batch.label) & set(classes):
             continue
         pixels = to_uint8(batch.image).to(device)
-        features = {name: network(pixels) for name, network in networks.items()}
+        seen = {name: network(pixels) for name, network in networks.items()}
         digests = [pixel_digest(x) for x in pixels.cpu().numpy()]
         mine += [
-            (label, key, digest, {name: each[i] for name, each in features.items()})
+            (label, key, digest, {name: each[i] for name, each in seen.items()})
             for i, (label, key, digest) in enumerate(
                 zip(batch.label, batch.key, digests, strict=True)
             )
