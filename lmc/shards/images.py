@@ -6,7 +6,10 @@ KEY.json with at least {"label": the class}.
 
 import hashlib
 import json
+import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,14 @@ from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmc.errors import require
 from lmc.shards.encoded import opened
 from lmc.shards.stream import (
     BrokenSample,
     ShardStream,
     about_of,
     at_least_one,
+    is_remote,
     where_of,
     write_members,
 )
@@ -98,10 +103,14 @@ class ImageStream(ShardStream):
     Args:
         shards, batch_size, training, seed, shuffle, rank, world_size, limit: see `ShardStream`.
         image_size: the side in pixels that every image must have.
+        balance: in training, how much less the images of a frequent class are read, in [0, 1]: in
+            proportion to n^-balance of the n images a class has, so that at 1 all classes are as
+            frequent. Above 0 all labels are read first, of local shards.
 
     Raises:
-        FileNotFoundError, ValueError: see `ShardStream`; image_size is less than 1; or, while
-            reading, an image of another size (naming the shard and the key).
+        FileNotFoundError, ValueError: see `ShardStream`; image_size is less than 1; balance is out
+            of its range, or of shards that are not local; or, while reading, an image of another
+            size (naming the shard and the key).
     """
 
     members = "KEY.png and KEY.json"
@@ -117,10 +126,40 @@ class ImageStream(ShardStream):
         rank: int = 0,
         world_size: int = 1,
         limit: int | None = None,
+        balance: float = 0.0,
     ) -> None:
         at_least_one(image_size=image_size)
         super().__init__(shards, batch_size, training, seed, shuffle, rank, world_size, limit)
         self.image_size = image_size
+        self.shares: dict[str, float] = {}
+        require(0 <= balance <= 1, "balance", "in [0, 1]", balance)
+        if training and balance:
+            if remote := [url for url in self.urls if is_remote(url)]:
+                raise ValueError(f"balance needs local shards, whose labels it counts: {remote[0]}")
+            counts = self.labels()
+            rarest = min(counts.values(), default=1)
+            self.shares = {name: (rarest / count) ** balance for name, count in counts.items()}
+
+    def labels(self) -> Counter[str]:
+        """How many samples have each label; what has none, or is broken, is not counted.
+
+        Reads all shards once.
+        """
+        counts: Counter[str] = Counter()
+        for sample in self.samples(self.urls):
+            with suppress(BrokenSample):
+                counts[_label(sample)] += 1
+        return counts
+
+    def _wanted(self, sample: dict[str, Any], rng: random.Random) -> bool:
+        """See `ShardStream`: a share of each class."""
+        if not self.shares:
+            return True
+        drawn = rng.random()
+        try:
+            return drawn < self.shares.get(_label(sample), 1.0)
+        except BrokenSample:
+            return True  # `_decode` names it
 
     def _collate(
         self,
@@ -133,10 +172,7 @@ class ImageStream(ShardStream):
         return ImageBatch(stacked, list(keys), list(labels), position, skipped)
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, str, str]:
-        key, where = sample["__key__"], where_of(sample)
-        label = about_of(sample).get("label")
-        if not isinstance(label, str):
-            raise BrokenSample(f"{where}: no KEY.json with a label, a word")
+        key, where, label = sample["__key__"], where_of(sample), _label(sample)
         data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
         if data is None:
             raise BrokenSample(f"{where}: no image ({', '.join(SUFFIXES)})")
@@ -150,6 +186,13 @@ class ImageStream(ShardStream):
                 f"{self.image_size}: prepare the shards at that size, or set image_size"
             )
         return image, key, label
+
+
+def _label(sample: dict[str, Any]) -> str:
+    label = about_of(sample).get("label")
+    if not isinstance(label, str):
+        raise BrokenSample(f"{where_of(sample)}: no KEY.json with a label, a word")
+    return label
 
 
 def heldout_names(names: Iterable[str], fraction: float = 0.05) -> set[str]:

@@ -181,6 +181,10 @@ class ShardStream(IterableDataset):
         self.batches_read = 0
         self.positions: dict[int, tuple[int, int]] = {}
 
+    def _wanted(self, sample: dict[str, Any], rng: random.Random) -> bool:
+        """Whether training reads a raw sample this time, by `rng`."""
+        return True
+
     def _decode(self, sample: dict[str, Any]) -> Any:
         """What a raw sample holds; BrokenSample where it may be skipped."""
         raise NotImplementedError
@@ -238,7 +242,9 @@ class ShardStream(IterableDataset):
             turn, part = divmod(number, rounds_a_pass)
             order = self.urls.copy()
             _random(self.seed, self.rank, worker, "pass", turn).shuffle(order)
-            samples = self.samples(order[part * ROUND : (part + 1) * ROUND])
+            every = self.samples(order[part * ROUND : (part + 1) * ROUND])
+            lot = _random(self.seed, self.rank, worker, "wanted", number)
+            samples = (sample for sample in every if self._wanted(sample, lot))
             rng = _random(self.seed, self.rank, worker, "round", number)
             count = 0
             shuffled = wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)
@@ -246,7 +252,7 @@ class ShardStream(IterableDataset):
                 count += 1
                 if count > offset:
                     yield sample, (worker, number, count)
-            if count == 0:
+            if count == 0 and not any(True for _ in self.samples(order[:1])):
                 raise ValueError(f"{order[0]} and its neighbours hold no samples")
             number, offset = number + 1, 0
 

@@ -8,7 +8,7 @@ from lmc.training.start import STAGES, train
 
 
 def main(args: Sequence[str]) -> Any:
-    """Run a stage's command line; `args` starts with 'bias' or 'translator'."""
+    """Run a stage's command line; `args` starts with a stage's name."""
     if not args or args[0] not in STAGES:
         sys.exit(f"usage: python -m lmc.training {{{','.join(STAGES)}}} fit --config FILE …")
     return train(args[0], args[1:], f"lmc.training {args[0]}")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,14 @@ class StepDecay:
         require(self.every >= 1, "model.optimizer.every", "at least 1", self.every)
 
 
+class LearningRate(Protocol):
+    """What every schedule of a learning rate says: the greatest."""
+
+    @property
+    def lr(self) -> float:
+        """See the class."""
+
+
 class Identified:
     """A prior whose identity another process has taken from its weights."""
 
@@ -63,7 +71,7 @@ class TrainingModule(LightningModule):
     The prior, being frozen, is no part of the module: not in its state, nor its average, nor DDP.
 
     Attributes:
-        paper_batch: the effective batch of the paper, over all processes.
+        paper_batch: the effective batch of the paper, over all processes; 0 where there is none.
         best_by: the held-out figures of which the greatest make best.ckpt, ties of the first broken
             by the next; none keeps no best.ckpt.
         best_of: what they are measured with and on, of which only equals are compared.
@@ -71,6 +79,7 @@ class TrainingModule(LightningModule):
             None is all.
         image_size: the side in pixels of its data's images, unless data.image_size says another.
         allowed: keys of the configuration that may be others than those of a checkpoint.
+        share: how much of the training is done, in [0, 1], where the steps alone do not tell.
 
     Args:
         network: what is trained.
@@ -85,6 +94,7 @@ class TrainingModule(LightningModule):
     paper_batch: ClassVar[int]
     best_by: ClassVar[tuple[str, ...]] = ()
     allowed: Sequence[str] = ()
+    share: float | None = None
 
     @property
     def best_of(self) -> str:
@@ -104,7 +114,7 @@ class TrainingModule(LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        optimizer: StepDecay,
+        optimizer: LearningRate,
         ema_decay: float,
         seed: int,
         check_every: int = 50,
@@ -117,7 +127,8 @@ class TrainingModule(LightningModule):
                 weight.data = weight.data.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(self.network)
         self.ema.requires_grad_(False)
-        self.adam, self.ema_decay, self.seed = optimizer, ema_decay, seed
+        self.adam: Any = optimizer
+        self.ema_decay, self.seed = ema_decay, seed
         self.check_every = check_every
         self.batches_done = 0
         self._unchecked: list[tuple[int, Tensor, Tensor, list[str], str]] = []

@@ -59,7 +59,12 @@ class ShowProgress(Callback):
             speed = done * self.batch / max(self.progress.seconds(), 1e-9)
             return "  ".join([*losses, f"{speed:.1f} images/s"])
 
-        self.progress.update(trainer.global_step, note)
+        assert isinstance(pl_module, TrainingModule)
+        share = pl_module.share
+        if share is not None:
+            self.first_share = getattr(self, "first_share", share)
+            share = (share - self.first_share) / max(1 - self.first_share, 1e-9)
+        self.progress.update(trainer.global_step, note, share)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the bar as it is."""
@@ -268,7 +273,7 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def batch_note(batch: int, paper: int, lr: float) -> str:
     """What there is to say of an effective `batch` that is not the paper's; '' where it is."""
-    if batch == paper:
+    if batch == paper or not paper:
         return ""
     return (
         f"the paper's effective batch is {paper}, not {batch}; the learning rate stays the "

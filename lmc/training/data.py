@@ -31,6 +31,7 @@ class ImageData(LightningDataModule):
             (`TrainingModule.image_size`). Triplets have the prior's.
         num_workers: loading processes a training process; 0 loads in the process itself.
         shuffle: samples in the shuffle buffer.
+        balance: how much rarer classes are seen more often, see `ImageStream`.
         seed: of the order; follows seed_everything.
 
     Raises:
@@ -45,6 +46,7 @@ class ImageData(LightningDataModule):
         image_size: int | None = None,
         num_workers: int = 0,
         shuffle: int = 1000,
+        balance: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -52,6 +54,8 @@ class ImageData(LightningDataModule):
         require(batch_size >= 1, "data.batch_size", "at least 1", batch_size)
         require(num_workers >= 0, "data.num_workers", "at least 0", num_workers)
         require(shuffle >= 0, "data.shuffle", "at least 0", shuffle)
+        require(0 <= balance <= 1, "data.balance", "in [0, 1]", balance)
+        self.balance = balance
         self.train, self.heldout, self.image_size = train, heldout, image_size
         self.batch_size, self.num_workers = batch_size, num_workers
         self.shuffle, self.seed = shuffle, seed
@@ -75,7 +79,7 @@ class ImageData(LightningDataModule):
         for option, shards in (("data.train", self.train), ("data.heldout", self.heldout)):
             with about(option):
                 try:
-                    self._stream(shards, False, model).check()
+                    self.stream(shards, False, model).check()
                 except tarfile.TarError as error:
                     raise ValueError(f"{shards} is no tar of samples: {error}") from error
         train, held_out = (
@@ -88,7 +92,7 @@ class ImageData(LightningDataModule):
                 "images that are not trained on"
             )
         # What the first validation would find, after hours.
-        heldout = self._stream(self.heldout, False, model)
+        heldout = self.stream(self.heldout, False, model)
         if heldout.limit is not None and not getattr(model, "takes_triplets", False):
             looked_at = heldout.samples(heldout.urls, heldout.limit)
             self.looked_at = [sample["__key__"] for sample in looked_at]
@@ -114,13 +118,13 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Endless, shuffled; goes on where `load_state_dict` said."""
-        stream = self._stream(self.train, training=True)
+        stream = self.stream(self.train, training=True)
         stream.resume(self.batches_read, self.positions)
         return self._loader(stream)
 
     def val_dataloader(self) -> DataLoader:
         """The held-out images the model looks at, each exactly once over all processes."""
-        return self._loader(self._stream(self.heldout, training=False))
+        return self._loader(self.stream(self.heldout, training=False))
 
     def on_after_batch_transfer(
         self, batch: ImageBatch | TripletBatch, dataloader_idx: int
@@ -156,7 +160,14 @@ class ImageData(LightningDataModule):
             self.batches_read = state_dict["ranks"][rank]["batches_read"]
             self.positions = state_dict["ranks"][rank]["positions"]
 
-    def _stream(self, shards: str, training: bool, model: Any = None) -> ShardStream:
+    def stream(self, shards: str, training: bool, model: Any = None) -> ShardStream:
+        """Of some shards, as this process reads them; see `ShardStream`.
+
+        Args:
+            shards: a pattern.
+            training: endless and shuffled, or one pass.
+            model: whose images they are, before there is a trainer.
+        """
         how: dict[str, Any] = {"seed": self.seed, "shuffle": self.shuffle}
         if self.trainer is not None:
             model = self.trainer.lightning_module
@@ -168,7 +179,7 @@ class ImageData(LightningDataModule):
             if self._origins[shards] is not None:
                 return TripletStream(shards, self.batch_size, training, **how)
         size = model.image_size if self.image_size is None else self.image_size
-        return ImageStream(shards, size, self.batch_size, training, **how)
+        return ImageStream(shards, size, self.batch_size, training, balance=self.balance, **how)
 
     def _loader(self, stream: ShardStream) -> DataLoader:
         return DataLoader(

@@ -49,16 +49,18 @@ def report(
     trainer, data = config["trainer"], config["data"]
     if trainer["max_steps"] < 1:
         raise ValueError("trainer.max_steps must say how many steps to train")
-    prior, missing = build_prior(config["model"]["prior"])
+    named = config["model"].get("prior")  # one that is trained itself has none
+    prior, missing = build_prior(named) if named else (None, "")
     model = build_model(model_class, config["model"], prior)
     size = sum(p.numel() for p in model.network.parameters())
     ranks, how = processes(trainer)
     batch = ranks * data["batch_size"] * trainer["accumulate_grad_batches"]
     lines = [("dry run", "nothing is loaded, trained, or written into the run folder")]
     kind = type(model.network).__name__
-    guess = "" if prior or "channels" not in _parameters(model.network) else ", at three channels"
+    known = prior or not named or "channels" not in _parameters(model.network)
+    guess = "" if known else ", at three channels"
     lines.append(("network", f"{kind}, {size:,} parameters{guess}"))
-    lines += prior_lines(config["model"]["prior"], prior, missing)
+    lines += prior_lines(named, prior, missing) if named else []
     corrector = _options(config["model"].get("loss")).get("corrector")
     if isinstance(corrector, str):
         lines.append(("corrector", f"{corrector}: {_corrector(corrector)}"))
@@ -71,13 +73,15 @@ def report(
         (
             "batch",
             f"{batch} = {ranks} processes ({how}) x {data['batch_size']} images x "
-            f"{trainer['accumulate_grad_batches']} accumulated; the paper's is "
-            f"{model.paper_batch}; nothing rescales the learning rate",
+            f"{trainer['accumulate_grad_batches']} accumulated"
+            + (f"; the paper's is {model.paper_batch}" if model.paper_batch else "")
+            + "; nothing rescales the learning rate",
         )
     )
-    lines.append(("evaluations", evaluations(config["model"], batch * trainer["max_steps"])))
+    if named:
+        lines.append(("evaluations", evaluations(config["model"], batch * trainer["max_steps"])))
     lines.append(("validation", validation(config)))
-    lines.append(("memory", memory(size, config["model"]["prior"], prior, ranks)))
+    lines.append(("memory", memory(size, named, prior, ranks)))
     lines.append(
         (
             "disk",
@@ -86,7 +90,7 @@ def report(
             + ("; as much for the best one" if _clip(config["model"]) else ""),
         )
     )
-    lines.append(("download", downloads(config["model"]["prior"])))
+    lines += [("download", downloads(named))] if named else []
     there = (run / "checkpoints" / "last.ckpt").exists()
     lines.append(("run", f"{run}: " + ("a run is there and would go on" if there else "new")))
     return "\n".join(f"{name:<13}{text}" for name, text in lines)
@@ -104,7 +108,7 @@ def build_model(
     model_class: type[TrainingModule], config: Mapping[str, Any], prior: Any
 ) -> TrainingModule:
     """The training module with its network on the meta device, for the sake of its sizes."""
-    given = {**config, "prior": prior or UNKNOWN}
+    given = {**config, "prior": prior or UNKNOWN} if "prior" in config else dict(config)
     if "loss" in given:
         # It may load a corrector's weights.
         given["loss"] = SimpleNamespace(choose_time=lambda time: time, negative_prompt=None)
@@ -248,7 +252,7 @@ def _clip(model: Mapping[str, Any]) -> str | None:
     return (model.get("validation") or {}).get("clip")
 
 
-def memory(size: int, config: Mapping[str, Any], prior: Any, ranks: int) -> str:
+def memory(size: int, config: Mapping[str, Any] | None, prior: Any, ranks: int) -> str:
     """Bytes a process needs for what does not depend on the batch."""
     copies = 5 if ranks == 1 else 6  # weights, gradients, two moments, average; DDP's buckets
     text = f"{nbytes(4 * copies * size)} for the network, its gradients, Adam and the average"
@@ -256,7 +260,7 @@ def memory(size: int, config: Mapping[str, Any], prior: Any, ranks: int) -> str:
     if count:
         dtype = getattr(torch, str(_options(config).get("dtype", "float32")))
         text += f" + {nbytes(count * dtype.itemsize)} for the prior in {str(dtype)[6:]}"
-    else:
+    elif config:
         text += " + the prior (not known here)"
     return f"{text}, in each process; activations are not estimated"
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lmc.training.cli import TrainingCLI
 
 STAGES = {
+    "prior": ("lmc.training.prior", "PriorTraining"),
     "bias": ("lmc.training.bias", "CorrectorTraining"),
     "translator": ("lmc.training.translator", "TranslatorTraining"),
 }
@@ -24,7 +25,7 @@ def train(stage: str, args: Sequence[str] | None, program: str) -> "TrainingCLI"
     """Run a stage's command line.
 
     Args:
-        stage: 'bias' or 'translator'.
+        stage: 'prior', 'bias' or 'translator'.
         args: in place of the process's own.
         program: its name, before the line that an error is.
 

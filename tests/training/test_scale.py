@@ -81,7 +81,7 @@ def test_two_ranks_step_as_one_process_with_both_batches(two, cli, monkeypatch):
         cli.datamodule.trainer = SimpleNamespace(
             global_rank=rank, world_size=2, lightning_module=model, training=True
         )
-        batch = next(iter(cli.datamodule._stream(cli.datamodule.train, training=True)))
+        batch = next(iter(cli.datamodule.stream(cli.datamodule.train, training=True)))
         x = model.triplets(batch, model.generator())
         losses.append(corrector_loss(model.corrector.correct(x.z, x.t, x.z_hat), x.z_hat).mean())
     assert losses[0] != losses[1]

@@ -1,0 +1,437 @@
+"""Before stage one, where there is no prior: train a small one on labelled pictures."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lmc.errors import about, require
+from lmc.measure.evaluate import from_all_processes
+from lmc.measure.figures import labelled_grid
+from lmc.measure.metrics import Clip, cmmd, cosines
+from lmc.priors.small import STEPS, TextDenoiser, sample
+from lmc.schedule import time_bin
+from lmc.shards.images import ImageBatch
+from lmc.shards.stream import is_remote
+from lmc.shards.triplets import draw_for_key
+from lmc.training.base import TIME_BINS, TrainingModule, leads, show
+
+ASKED = 20  # steps between two looks at the clock, for which all processes wait for one another
+FEW = 50  # images of a class, of fewer of which it is said that they are learnt by heart
+PIPELINE = "prior"  # the folder in the run folder that the averaged weights are written to
+
+
+@dataclass(frozen=True)
+class WarmCosine:
+    """A learning rate that rises to `lr` in `warm_up` steps and falls along a cosine to 0.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    lr: float = 1e-3
+    warm_up: int = 200
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, "model.optimizer.lr", "above 0", self.lr)
+        require(self.warm_up >= 1, "model.optimizer.warm_up", "at least 1", self.warm_up)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is drawn of the prior at each look at the held-out images.
+
+    Attributes:
+        each: pictures of each class; 0 draws none.
+        steps: of DDIM.
+        guidance_scale: of their prompts.
+        clip: folder or hub id of a CLIP that judges them: the share that it finds nearest to their
+            own prompt, and CMMD to the held-out images; None leaves both out.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    each: int = 8
+    steps: int = 25
+    guidance_scale: float = 3.0
+    clip: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.each >= 0, "model.samples.each", "at least 0", self.each)
+        require(1 <= self.steps <= STEPS, "model.samples.steps", f"in [1, {STEPS}]", self.steps)
+        scale = self.guidance_scale
+        require(0 < scale < math.inf, "model.samples.guidance_scale", "above 0", scale)
+
+
+class PriorTraining(TrainingModule):
+    """Trains a small text-to-image model by v-prediction: ‖v − v̂(z_t, t, text)‖².
+
+    The averaged weights become a pipeline folder in DeepFloyd IF's format, RUN/prior, at each look
+    at the held-out images and at the end: what `DiffusersPrior` loads.
+
+    Data are labelled images. Where data.image_size is above image_size, each image is cropped to
+    that at random, without resampling; the held-out ones in the middle.
+
+    Args:
+        classes: the labels.
+        image_size: the side of the prior's pictures in pixels.
+        prompt: the caption of a class, '{}' in it.
+        widths, attention, layers: of the denoiser, see `TextDenoiser`.
+        optimizer: AdamW's learning rate.
+        ema_decay: of the running average of the weights; 0 keeps none.
+        prompt_dropout: share of pictures that are shown with no caption, for guidance.
+        flip: mirror half of the pictures.
+        min_snr: weigh the loss by min(SNR, this) / (SNR + 1), SNR = α_t² / σ_t² (Hang et al., 2023,
+            for v); None weighs all t alike.
+        hours: end after these, of all sessions together, if trainer.max_steps do not end it
+            before; None is no limit. The learning rate falls by whichever is sooner.
+        compile: torch.compile the U-Net: slow first steps, then faster ones.
+        samples: what is drawn to look at.
+        heldout_images: how many held-out images are looked at, the first in the shards' order;
+            None is all.
+        seed: of all noise; follows seed_everything.
+
+    Raises:
+        ValueError: a number or a text that makes no sense.
+    """
+
+    paper_batch = 0
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        image_size: int = 32,
+        prompt: str = "a photo of a {}",
+        widths: Sequence[int] = (24, 48, 96, 120),
+        attention: int = 2,
+        layers: int = 1,
+        optimizer: WarmCosine = WarmCosine(),
+        ema_decay: float = 0.999,
+        prompt_dropout: float = 0.1,
+        flip: bool = True,
+        min_snr: float | None = None,
+        hours: float | None = None,
+        compile: bool = False,
+        samples: Samples = Samples(),
+        heldout_images: int | None = 500,
+        seed: int = 0,
+    ) -> None:
+        require(len(set(classes)) == len(classes) >= 2, "model.classes", "two or more", classes)
+        require("{}" in prompt, "model.prompt", "a text with {} in it", repr(prompt))
+        require(0 <= prompt_dropout < 1, "model.prompt_dropout", "in [0, 1)", prompt_dropout)
+        require(min_snr is None or min_snr > 0, "model.min_snr", "above 0, or null", min_snr)
+        require(hours is None or hours > 0, "model.hours", "above 0, or null", hours)
+        captions = [prompt.replace("{}", name) for name in classes]
+        with about("model"):
+            network = TextDenoiser(captions, image_size, widths, attention, layers)
+        super().__init__(network, optimizer, ema_decay, seed)
+        self.classes, self._image_size, self.captions = list(classes), image_size, captions
+        self.prompt_dropout, self.flip, self.min_snr = prompt_dropout, flip, min_snr
+        self.hours, self.compile_unet, self.samples = hours, compile, samples
+        self._heldout_images = heldout_images
+        self.spent = 0.0  # seconds, in the sessions before
+        self.register_buffer("alphas_cumprod", network.alphas_cumprod(), persistent=False)
+        self.alphas_cumprod: Tensor
+        self.clip: Clip | None = None
+
+    @property
+    def denoiser(self) -> TextDenoiser:
+        """The network being trained."""
+        assert isinstance(self.network, TextDenoiser)
+        return self.network
+
+    @property
+    def image_size(self) -> int:
+        """See the class."""
+        return self._image_size
+
+    @property
+    def heldout_images(self) -> int | None:
+        """See the class."""
+        return self._heldout_images
+
+    def check(self, data: Any) -> None:
+        """See `TrainingModule`.
+
+        Raises:
+            ValueError: images smaller than image_size; labels that are no class, or a class without
+                images.
+            OSError, ValueError: of samples.clip.
+        """
+        size = data.image_size
+        if size is not None and size < self.image_size:
+            raise ValueError(
+                f"data.image_size {size} is below model.image_size {self.image_size}: prepare the "
+                "shards larger, or train a smaller prior"
+            )
+        stream = data.stream(data.train)
+        if leads() and not any(map(is_remote, stream.urls)):
+            for line in check_labels(stream.labels(), self.classes):
+                print(line, flush=True)
+        if self.samples.clip is not None:
+            self.clip = _clip(self.samples.clip)
+
+    def setup(self, stage: str) -> None:
+        """Load what judges, and compile."""
+        if self.samples.clip is not None:
+            self.clip = _clip(self.samples.clip, self.trainer.strategy.root_device)
+        if self.compile_unet:
+            self.denoiser.unet.compile()
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """There is nothing behind any name."""
+        return {}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW without decay of the weights, its rate as `WarmCosine` says."""
+        adam = torch.optim.AdamW(
+            self.network.parameters(), lr=self.adam.lr, betas=(0.9, 0.99), weight_decay=0
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._decay)
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _decay(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / self.adam.warm_up)
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.share or 0.0)))
+
+    # -----------------------------------------------------------------------------------------
+    # The budget
+
+    def on_fit_start(self) -> None:
+        """The clock starts; what is done already counts."""
+        self.began = time.monotonic()
+        self._look_at_clock()
+
+    def seconds(self) -> float:
+        """Of training, in all sessions together."""
+        return self.spent + time.monotonic() - self.began
+
+    def _look_at_clock(self) -> None:
+        """How much of the training is done: the same on all processes."""
+        share = self.trainer.global_step / self.trainer.max_steps
+        if self.hours is not None:
+            share = max(share, self.seconds() / 3600 / self.hours)
+            share = self.trainer.strategy.broadcast(share)
+        self.share = share
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Look at the clock, where it is time to."""
+        if self.hours is None or self.global_step % ASKED == 0:
+            self._look_at_clock()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End where the hours are over."""
+        if (self.share or 0.0) >= 1:
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `TrainingModule`; the seconds go with it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["seconds"] = self.seconds()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `TrainingModule`."""
+        super().on_load_checkpoint(checkpoint)
+        self.spent = checkpoint["seconds"]
+
+    # -----------------------------------------------------------------------------------------
+    # A step
+
+    def captions_of(self, labels: Iterable[str]) -> Tensor:
+        """The numbers of the captions of labels, int64 (B,).
+
+        Raises:
+            ValueError: a label that is no class.
+        """
+        try:
+            numbers = [self.classes.index(label) for label in labels]
+        except ValueError as error:
+            raise ValueError(f"data: a label that model.classes has not: {error}") from error
+        return torch.tensor(numbers, device=self.device)
+
+    def losses(
+        self, network: TextDenoiser, z: Tensor, step: Tensor, eps: Tensor, caption: Tensor
+    ) -> Tensor:
+        """‖v − v̂‖² of each picture, mean over its values, weighed by `min_snr`: (B,)."""
+        bar = self.alphas_cumprod[step]
+        alpha, sigma = (x.sqrt()[:, None, None, None] for x in (bar, 1 - bar))
+        v = alpha * eps - sigma * z
+        z_t = (alpha * z + sigma * eps).to(memory_format=torch.channels_last)
+        losses = (network(z_t, step, caption).float() - v).square().mean((1, 2, 3))
+        if self.min_snr is None:
+            return losses
+        snr = bar / (1 - bar)
+        return losses * snr.clamp(max=self.min_snr) / (snr + 1)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """The loss, mean over the batch."""
+        generator = self.generator()
+        z = self.cropped(batch.image, generator)
+        count = len(z)
+        how: Any = {"generator": generator, "device": self.device}
+        if self.flip:
+            z = torch.where(torch.rand(count, 1, 1, 1, **how) < 0.5, z.flip(3), z)
+        caption = self.captions_of(batch.label)
+        dropped = torch.rand(count, **how) < self.prompt_dropout
+        caption = torch.where(dropped, len(self.classes), caption)
+        step = torch.randint(STEPS, (count,), **how)
+        eps = torch.randn(z.shape, **how)
+        losses = self.losses(self.denoiser, z, step, eps, caption)
+        self.batches_done += 1
+        t = (step + 0.5) / STEPS
+        self.watch(losses[:, None], t, batch.key, "the loss of the prior")
+        self.log("train/loss", losses.mean())
+        self.log_by_time("train/loss_by_t", losses.detach(), t)
+        return losses.mean()
+
+    def cropped(self, image: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A square of image_size of each image, anywhere; of no generator the middle one."""
+        size, room = self.image_size, image.shape[-1] - self.image_size
+        if room == 0:
+            return image
+        if generator is None:
+            return image[..., room // 2 : room // 2 + size, room // 2 : room // 2 + size]
+        places = torch.randint(room + 1, (2, len(image)), generator=generator, device=image.device)
+        along = torch.arange(size, device=image.device)
+        rows, columns = (place[:, None] + along for place in places)
+        which = torch.arange(len(image), device=image.device)[:, None, None]
+        # (B, S, S, 3), as advanced indices go first.
+        picked = image.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
+        return picked.permute(0, 3, 1, 2)
+
+    # -----------------------------------------------------------------------------------------
+    # A look
+
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        self.errors = [MeanMetric().to(self.device) for _ in range(TIME_BINS)]
+        self.seen: list[tuple[str, Tensor]] = []  # label and CLIP's embedding
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """The held-out loss of the averaged weights, with the noise of each image's key."""
+        if not batch.key:
+            return
+        z = self.cropped(batch.image, None)
+        drawn = [draw_for_key(key, z.shape[1:]) for key in batch.key]
+        step = (torch.cat([t for t, _ in drawn]) * STEPS).long().to(self.device)
+        eps = torch.cat([noise for _, noise in drawn]).to(z)
+        averaged: Any = self.averaged
+        losses = self.losses(averaged, z, step, eps, self.captions_of(batch.label))
+        for number, loss in zip(time_bin(step / STEPS, TIME_BINS).tolist(), losses, strict=True):
+            self.errors[number].update(loss)
+        if self.clip is not None:
+            self.seen += zip(batch.label, self.clip.images(z).cpu(), strict=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out loss, draw pictures, and write the pipeline."""
+        means = [each.compute() for each in self.errors if each.weight > 0]
+        self.log("heldout/loss", torch.stack(means).mean(), sync_dist=True)
+        for number, each in enumerate(self.errors):
+            if each.weight > 0:
+                self.log(f"heldout/loss/t{number / TIME_BINS:.1f}", each.compute(), sync_dist=True)
+        seen = [each for part in from_all_processes(self.seen) for each in part]
+        judged: dict[str, float] = {}
+        if self.trainer.is_global_zero and self.samples.each:
+            pictures = self.draw()
+            rows = dict(zip(self.classes, pictures.split(self.samples.each), strict=True))
+            title = f"guidance {self.samples.guidance_scale:g}, {self.samples.steps} steps"
+            show(self, "samples", "samples", labelled_grid({title: rows}))
+            if self.clip is not None:
+                judged = judge(self.clip, rows, self.captions, seen)
+        for name, value in self.trainer.strategy.broadcast(judged).items():
+            self.log(f"heldout/{name}", value, sync_dist=True)
+        self.write()
+
+    @torch.no_grad()
+    def draw(self) -> Tensor:
+        """Pictures of the averaged weights, `samples.each` of each class, in [-1, 1]."""
+        averaged: Any = self.averaged
+        numbers = torch.arange(len(self.classes), device=self.device)
+        return sample(
+            averaged,
+            numbers.repeat_interleave(self.samples.each),
+            self.samples.steps,
+            self.samples.guidance_scale,
+            torch.Generator(self.device).manual_seed(self.seed),
+        )
+
+    def write(self) -> None:
+        """The averaged weights as RUN/prior, by one process."""
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            averaged: Any = self.averaged
+            averaged.save_pipeline(Path(self.trainer.default_root_dir) / PIPELINE)
+
+
+def check_labels(labels: Counter[str], classes: Sequence[str]) -> list[str]:
+    """Compare the labels of the training images with the classes.
+
+    Args:
+        labels: how many images have each.
+        classes: that will be trained.
+
+    Returns:
+        What there is to say: of classes of few images.
+
+    Raises:
+        ValueError: a label that is no class, or a class without images.
+    """
+    found = ", ".join(f"{name} {count:,}" for name, count in sorted(labels.items()))
+    if unknown := sorted(labels.keys() - set(classes)):
+        raise ValueError(
+            f"data.train has images of {', '.join(unknown)}, which model.classes does not name: "
+            f"name them, or prepare shards without them. There are: {found}"
+        )
+    if missing := sorted(set(classes) - labels.keys()):
+        raise ValueError(f"data.train has no images of {', '.join(missing)}. There are: {found}")
+    return [
+        f"{name}: {labels[name]} images are few: the prior will know them by heart, and its "
+        "pictures of the class be copies of them"
+        for name in classes
+        if labels[name] < FEW
+    ]
+
+
+@torch.no_grad()
+def judge(
+    clip: Clip,
+    rows: dict[str, Tensor],
+    captions: Sequence[str],
+    seen: Sequence[tuple[str, Tensor]],
+) -> dict[str, float]:
+    """What a CLIP says of samples.
+
+    Args:
+        clip: that judges.
+        rows: pictures by class, in [-1, 1].
+        captions: of the classes, in their order.
+        seen: the held-out images' labels and embeddings.
+
+    Returns:
+        'recognised', the share that is nearest to its own caption; and 'cmmd' to the held-out
+        images, mean over the classes with two of each at least, where there is one.
+    """
+    texts = clip.texts(list(captions))
+    right, distances = [], []
+    for number, (name, pictures) in enumerate(rows.items()):
+        made = clip.images(pictures)
+        right.append(cosines(made, texts).argmax(1) == number)
+        real = [embedding for label, embedding in seen if label == name]
+        if min(len(real), len(made)) >= 2:
+            distances.append(cmmd(made.cpu(), torch.stack(real)))
+    found = {"recognised": torch.cat(right).float().mean().item()}
+    return found | ({"cmmd": sum(distances) / len(distances)} if distances else {})
+
+
+def _clip(pretrained: str, device: torch.device | str = "cpu") -> Clip:
+    try:
+        return Clip(pretrained, device)
+    except (OSError, ValueError) as error:
+        raise OSError(f"model.samples.clip {pretrained}: {error}") from error
