@@ -172,7 +172,7 @@ class PriorTraining(TrainingModule):
                 f"data.image_size {size} is below model.image_size {self.image_size}: prepare the "
                 "shards larger, or train a smaller prior"
             )
-        stream = data.stream(data.train)
+        stream = data.stream(data.train, False, self)
         if leads() and not any(map(is_remote, stream.urls)):
             for line in check_labels(stream.labels(), self.classes):
                 print(line, flush=True)
