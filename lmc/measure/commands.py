@@ -19,6 +19,7 @@ def evaluate(
     real: str | None = None,
     truth: Path | None = None,
     clip: str = "openai/clip-vit-base-patch16",
+    classifier: str | None = None,
     classes: list[str] | None = None,
     source: str = "cat",
     prompt: str = PROMPT,
@@ -47,6 +48,8 @@ def evaluate(
         truth: true counterparts of the held-out images, which the outputs are measured against:
             DIR/CLASS/KEY.png.
         clip: folder or hub id.
+        classifier: MODULE:FUNCTION of your own, a judge that is independent of prior and CLIP: see
+            docs/evaluation.md. Its code is run.
         classes: targets to measure; default the first row's.
         source: class of the held-out images.
         prompt: of a class; {} is its name.
@@ -94,6 +97,7 @@ def evaluate(
         translated,
     )
     from lmc.measure.evaluate import evaluate as measure
+    from lmc.measure.metrics import load_classifier
     from lmc.measure.results import combine, read_result
     from lmc.measure.tables import evaluation_text
     from lmc.progress import Progress
@@ -114,6 +118,7 @@ def evaluate(
     classes = classes or _classes(translators, folders)
     _check_classes(translators, classes)
     true = Truth(truth, classes, size) if truth else None
+    judge = load_classifier(classifier, device) if classifier else None
     prompts = _prompts(prompt, source, candidates, classes)
     rank, world_size = _join_processes()
 
@@ -136,9 +141,9 @@ def evaluate(
         more = sorted(folder.files.keys() - set(classes))
         notes += [f"{name}: its folder {each} is of no class that is measured" for each in more]
     real_batches = real_images(real, classes, size, batch_size, rank, world_size) if real else None
-    tools = Tools.load(clip, size, real_batches is not None, device, offline, true)
+    tools = Tools.load(clip, size, real_batches is not None, device, offline, true, judge)
     pictures = None
-    if real_batches is not None and (tools.inception or tools.clip):
+    if real_batches is not None and (tools.inception or tools.clip or judge):
         pictures = real_features(real_batches, tools, classes, device)
     mine, rows = len(range(rank, len(keys), world_size)), 1 + len(names)
     with Progress("evaluating", mine * rows, "images", quiet=rank > 0) as progress:

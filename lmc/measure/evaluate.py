@@ -4,6 +4,7 @@
 key of it.
 """
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, distributed
 
 from lmc.measure.metrics import (
     SMALLEST_LPIPS,
+    Classifier,
     Clip,
     Distance,
     MissingWeights,
@@ -30,7 +32,16 @@ from lmc.measure.metrics import (
     saturation,
     winners,
 )
-from lmc.measure.results import Measured, Real, check_keys, digest_of, merge, pixel_digest, result
+from lmc.measure.results import (
+    NETWORKS,
+    Measured,
+    Real,
+    check_keys,
+    digest_of,
+    merge,
+    pixel_digest,
+    result,
+)
 from lmc.shards.encoded import opened
 from lmc.shards.images import (
     SUFFIXES,
@@ -94,6 +105,7 @@ class Tools:
         distances: to the source, and to the true counterpart, by name, the main one first.
         clip: None leaves CLIP's measures out.
         inception: see `load_inception`; None leaves KID and FID out.
+        classifier: None leaves its measures out.
         left_out: a line for each measure that is left out: why, and what would change that.
         truth: the sources' true counterparts, of 8 bits; None leaves the measures against them out.
     """
@@ -103,6 +115,7 @@ class Tools:
     inception: Callable[[Tensor], Tensor] | None = None
     left_out: Sequence[str] = ()
     truth: Outputs | None = None
+    classifier: Classifier | None = None
 
     @classmethod
     def load(
@@ -113,6 +126,7 @@ class Tools:
         device: str = "cpu",
         offline: bool = False,
         truth: Outputs | None = None,
+        classifier: Classifier | None = None,
     ) -> "Tools":
         """All that can be had here.
 
@@ -122,7 +136,7 @@ class Tools:
             sets: whether KID, FID and CMMD are wanted.
             device: where the networks run.
             offline: take weights from the disk only.
-            truth: as the attribute.
+            truth, classifier: as the attributes.
 
         Raises:
             OSError, ValueError: weights that are there and cannot be read.
@@ -145,7 +159,11 @@ class Tools:
         of_clip = "clip_score, r_precision, cmmd" if sets else "clip_score, r_precision"
         model = tried(of_clip, lambda: Clip(clip, device, offline))
         inception = tried("kid, fid", lambda: load_inception(device, offline)) if sets else None
-        return cls(found, model, inception, left_out, truth)
+        if sets and classifier and importlib.util.find_spec("torch_fidelity") is None:
+            left_out.append(
+                "classifier_kid left out: torch-fidelity is not installed: pip install 'lmc[fid]'"
+            )
+        return cls(found, model, inception, left_out, truth, classifier)
 
 
 def translated(translator: Translator) -> Outputs:
@@ -334,16 +352,18 @@ def measure_batch(
     image = source = batch.image.to(device)
     columns = []
     truths: list[Tensor] = []
-    seen = None if outputs is not None else observe(source, source, tools, texts)
+    seen, names = observe(source, source, tools, texts) if outputs is None else (None, None)
     for target, prompt in prompts.targets.items():
         if outputs is not None:
             made = outputs(batch.key, source, target)
             _check_output(name, made, source, batch.key, target)
             # As a PNG would keep it, so that a folder of PNGs measures the same.
             image = from_uint8(to_uint8(made))
-            seen = observe(image, source, tools, texts)
+            seen, names = observe(image, source, tools, texts)
         assert seen is not None
         columns.append(dict(seen))
+        if names is not None:
+            columns[-1]["classified"] = torch.tensor([name == target for name in names])
         if tools.truth is not None:
             truth = tools.truth(batch.key, source, target)
             _check_output("the truth", truth, source, batch.key, target)
@@ -369,7 +389,7 @@ def measure_batch(
         spectra=arrays.pop("spectra"),
         counts=arrays.pop("counts"),
         winners=arrays.pop("winners", None),
-        features={net: arrays.pop(net) for net in ("inception", "clip") if net in arrays},
+        features={net: arrays.pop(net) for net in NETWORKS if net in arrays},
         truth_digests=None if pixels is None else [pixel_digest(x) for x in pixels],
         truth_spectra=arrays.pop("truth_spectra", None),
         truth_shifts=arrays.pop("truth_shifts", None),
@@ -379,13 +399,21 @@ def measure_batch(
     )
 
 
-def observe(image: Tensor, source: Tensor, tools: Tools, texts: Tensor | None) -> dict[str, Tensor]:
-    """Everything about outputs that does not depend on their class, by measure, (B, …) each.
+def observe(
+    image: Tensor, source: Tensor, tools: Tools, texts: Tensor | None
+) -> tuple[dict[str, Tensor], Sequence[str] | None]:
+    """Everything about outputs that does not depend on their class.
 
     Args:
         image, source: (B, 3, S, S) in [-1, 1].
         tools: what measures, on their device.
         texts: embeddings of the candidates, for their cosines; None leaves out what is of CLIP.
+
+    Returns:
+        By measure, (B, …) each; and what the classifier calls them, if there is one.
+
+    Raises:
+        ValueError: the classifier gives something else than a name and features for each.
     """
     seen = {name: distance(image, source) for name, distance in tools.distances.items()}
     seen["saturation"] = saturation(image)
@@ -398,7 +426,25 @@ def observe(image: Tensor, source: Tensor, tools: Tools, texts: Tensor | None) -
         seen["cosines"] = cosines(seen["clip"], texts)
     if tools.inception is not None:
         seen["inception"] = tools.inception(to_uint8(image))
-    return seen
+    names = None
+    if tools.classifier is not None:
+        names, seen["classifier"] = classified(tools.classifier, to_uint8(image))
+    return seen, names
+
+
+def classified(classifier: Classifier, pixels: Tensor) -> tuple[Sequence[str], Tensor]:
+    """What a classifier gives for uint8 images (B, 3, S, S): see there.
+
+    Raises:
+        ValueError: something else.
+    """
+    names, features = classifier(pixels)
+    if len(names) != len(pixels) or features.shape[:1] != pixels.shape[:1] or features.ndim != 2:
+        raise ValueError(
+            f"the classifier {classifier.name} gives {len(names)} names and features of the shape "
+            f"{tuple(features.shape)} for {len(pixels)} images: one of each was expected"
+        )
+    return names, features.detach().float()
 
 
 def against_truth(image: Tensor, truth: Tensor, tools: Tools) -> dict[str, Tensor]:
@@ -468,11 +514,11 @@ def real_images(
 def real_features(
     batches: Iterable[ImageBatch], tools: Tools, classes: Sequence[str], device: str = "cpu"
 ) -> Real:
-    """Real images of the target classes, by Inception's and CLIP's features.
+    """Real images of the target classes, by Inception's, CLIP's and the classifier's features.
 
     Args:
         batches: images, with their class as label; other classes' are passed over.
-        tools: with `inception`, `clip` or both.
+        tools: with `inception`, `clip` or a classifier.
         classes: the target classes.
         device: where to compute.
 
@@ -484,6 +530,8 @@ def real_features(
         networks["inception"] = tools.inception
     if (clip := tools.clip) is not None:
         networks["clip"] = lambda pixels: clip.images(from_uint8(pixels)).cpu()
+    if (classifier := tools.classifier) is not None:
+        networks["classifier"] = lambda pixels: classified(classifier, pixels)[1].cpu()
     mine: list[tuple[str, str, str, dict[str, Tensor]]] = []
     for batch in batches:
         if batch.skipped:
@@ -571,6 +619,7 @@ def evaluate(
         "candidates": list(prompts.candidates),
         "clip": tools.clip.name if tools.clip else None,
         "distance": next(iter(tools.distances)),
+        "classifier": tools.classifier.name if tools.classifier else None,
         "real": _counts(real) if real else None,
     }
     return result(measured, settings, against, excluded, tools.left_out, real)

@@ -3,10 +3,13 @@
 Every definition, with its source, is in docs/evaluation.md.
 """
 
-from collections.abc import Callable
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -283,6 +286,55 @@ def interval(statistics: Array) -> tuple[Array, Array]:
 
 # ---------------------------------------------------------------------------------------------
 # The networks
+
+
+class Classifier(Protocol):
+    """A classifier of the user's own, independent of the priors and CLIPs that are compared.
+
+    Attributes:
+        name: for tables.
+    """
+
+    name: str
+
+    def __call__(self, pixels: Tensor) -> tuple[Sequence[str], Tensor]:
+        """What images show.
+
+        Args:
+            pixels: uint8 (B, 3, S, S), on the device that it was loaded for.
+
+        Returns:
+            The class of each, in the words of the targets (any other where it is none of them),
+            and features, float (B, D).
+        """
+
+
+def load_classifier(path: str, device: torch.device | str = "cpu") -> Classifier:
+    """A `Classifier`, from 'MODULE:FUNCTION': what FUNCTION(device) gives.
+
+    Args:
+        path: of a function in a module that Python finds, such as one in the working folder.
+        device: that it is to run on.
+
+    Raises:
+        ValueError: there is no such function, or it gives something else.
+    """
+    option = f"--classifier {path}"
+    if ":" not in path:
+        raise ValueError(f"{option}: name it as MODULE:FUNCTION, such as my_classifier:load")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        load = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{option}: {error}") from error
+    classifier = load(device) if callable(load) else None
+    if not callable(classifier) or not isinstance(getattr(classifier, "name", None), str):
+        raise ValueError(
+            f"{option}: it must be a function of the device that gives a callable with a name "
+            "(lmc.measure.metrics.Classifier)"
+        )
+    return classifier
 
 
 class MissingWeights(OSError):

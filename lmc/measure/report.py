@@ -134,7 +134,7 @@ def _translate(
     for name in result["settings"]["classes"]:
         made[name] = to_uint8(outputs(keys, sources, name))
         image, tools = from_uint8(made[name]), Tools({"rmse": rmse})
-        now = observe(image, sources, tools, None)
+        now, _ = observe(image, sources, tools, None)
         if truth is not None:
             now |= against_truth(image, truth(keys, sources, name), tools)
         for measure, values in about["per_image"].items():

@@ -5,6 +5,7 @@ A result is the dict that `lmc evaluate --out` writes; docs/evaluation.md has ev
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ SPECTRAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "spectrum_gained": spectrum_gained,
 }
 Features = Mapping[str, Mapping[str, Tensor]]  # by network and class, (M, D)
+NETWORKS = ("inception", "clip", "classifier")  # whose features are kept
 COMPARABLE = ("classes", "prompts", "candidates", "clip", "distance")  # settings that must agree
 
 
@@ -47,7 +49,7 @@ class Real:
     """Real images of the target classes, to which outputs are near or not.
 
     Attributes:
-        features: by network, 'inception' and 'clip', and by class, (M, D) each.
+        features: by network, of `NETWORKS`, and by class, (M, D) each.
         digest: `digest_of` the images.
     """
 
@@ -181,11 +183,13 @@ def statistics(
         by_class["truth_lost"] = spectrum_lost(mine, torch.from_numpy(theirs)).numpy()
         by_class["truth_gained"] = spectrum_gained(mine, torch.from_numpy(theirs)).numpy()
         by_class["truth_cast"] = np.abs(_by_class(measured.truth_shifts, weights)).mean(-1)
-    if real is not None and {"clip"} <= real.keys() & measured.features.keys():
-        pairs = zip(measured.features["clip"].swapaxes(0, 1), real["clip"].values(), strict=True)
-        many = torch.from_numpy(weights)
-        columns = [weighted_cmmd(torch.from_numpy(made), there, many) for made, there in pairs]
-        by_class["cmmd"] = torch.stack(columns, 1).numpy()
+    for network, name in (("clip", "cmmd"), ("classifier", "classifier_cmmd")):
+        if real is not None and {network} <= real.keys() & measured.features.keys():
+            made = measured.features[network].swapaxes(0, 1)
+            pairs = zip(made, real[network].values(), strict=True)
+            many = torch.from_numpy(weights)
+            columns = [weighted_cmmd(torch.from_numpy(mine), there, many) for mine, there in pairs]
+            by_class[name] = torch.stack(columns, 1).numpy()
     # Of each class against its own: two classes' faults do not make up for each other.
     return found | {name: _with_mean(each) for name, each in by_class.items()}
 
@@ -260,7 +264,7 @@ def of_sets(
     """KID and FID, as `summary`; without intervals, but KID with its subsets' deviation.
 
     Args:
-        features: Inception's of the outputs, (N, C, D).
+        features: a network's of the outputs, (N, C, D).
         real: of real images by class, (M, D) each.
         classes: the C classes.
     """
@@ -340,6 +344,11 @@ def result(
         row = summary(values[name], resampled[name], classes, len(each.keys))
         if features is not None and {"inception"} <= features.keys() & each.features.keys():
             row |= of_sets(each.features["inception"], features["inception"], classes)
+        # Without torch-fidelity there is no KID, as `Tools.load` says.
+        fidelity = importlib.util.find_spec("torch_fidelity") is not None
+        if fidelity and features and {"classifier"} <= features.keys() & each.features.keys():
+            sets = of_sets(each.features["classifier"], features["classifier"], classes)
+            row["classifier_kid"] = sets["kid"]
         found["rows"][name] = {"images": len(each.keys), "summary": row}
         found["rows"][name] |= _arrays(each, classes, places, once)
         if against is not None and name not in (against, "source"):
@@ -485,6 +494,12 @@ def combine(results: Mapping[str, Mapping[str, Any]], against: str | None) -> di
             mine, theirs = found["settings"][key], each["settings"][key]
             if mine != theirs:
                 raise ValueError(f"{key} is {mine!r} in {first} and {theirs!r} in {name}")
+        known = {x for x in (y["settings"].get("classifier") for y in (found, each)) if x}
+        if len(known) > 1:
+            raise ValueError(
+                f"{first} and {name} were classified by {' and '.join(sorted(known))}: name one "
+                "--classifier for all"
+            )
         both = [row for row in each["rows"] if row in rows and row != "source"]
         if both:
             raise ValueError(f"{first} and {name} both have a row {both[0]!r}")

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from lmc.measure.metrics import (
     cmmd,
     fid,
     kid,
+    load_classifier,
     one_minus_ssim,
     power_spectrum,
     rmse,
@@ -590,6 +592,85 @@ def test_kid_and_fid_are_of_all_classes_and_each(tools):
     broken = ImageBatch(pictures[:1], ["k"], ["dog"], skipped=("x in y: cut off",))
     with pytest.raises(ValueError, match="x in y: cut off"):
         real_features([broken], with_sets, ["dog"])
+
+
+# ---------------------------------------------------------------------------------------------
+# A classifier of the user's own
+
+JUDGE = """
+class Judge:
+    name = "brightness"
+
+    def __call__(self, pixels):
+        bright = pixels.float().mean((1, 2, 3))
+        names = ["dog" if x > 127 else "no animal" for x in bright.tolist()]
+        return names, pixels.flatten(1) / 255
+
+
+def load(device):
+    return Judge()
+
+
+def nameless(device):
+    return lambda pixels: None
+"""
+
+
+def test_a_classifier_says_what_outputs_are_of(tools, tmp_path, monkeypatch):
+    """The share that it calls the target's class; CMMD and KID of its features."""
+    (tmp_path / "a_judge.py").write_text(JUDGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    judge = load_classifier("a_judge:load")
+    with_judge = Tools(tools.distances, None, classifier=judge)
+    pictures = from_uint8(to_uint8(0.8 * random(12, 3, SIZE, SIZE, seed=3)))
+    labels = ["bear", "dog", "dog"] * 4
+    keys = [str(i) for i in range(12)]
+    real = real_features([ImageBatch(pictures, keys, labels)], with_judge, list(PROMPTS))
+    found = measure(with_judge, None, scaled(), real=real)
+    assert found["settings"]["classifier"] == "brightness" and found["settings"]["clip"] is None
+    row = found["rows"]["a"]["summary"]
+    made = outputs()[1]
+    bright = (to_uint8(made["dog"]).float().mean((1, 2, 3)) > 127).float().mean().item()
+    assert 0 < bright < 1
+    assert row["classified"]["by_class"]["dog"]["value"] == pytest.approx(bright)
+    assert row["classified"]["by_class"]["bear"]["value"] == 0  # it knows no bears
+    for name, images in made.items():
+        there = to_uint8(pictures[[label == name for label in labels]]).flatten(1) / 255
+        features = to_uint8(images).flatten(1) / 255
+        by_class = row["classifier_cmmd"]["by_class"][name]["value"]
+        assert by_class == pytest.approx(cmmd(features, there), rel=1e-4)
+        mean, deviation = kid(there, features)
+        assert row["classifier_kid"]["by_class"][name]["value"] == pytest.approx(
+            mean, abs=deviation
+        )
+    assert "classified" in found["rows"]["source"]["summary"]
+    assert "classified as the target" in evaluation_text(found)
+    judge.name = "another"
+    other = measure(with_judge, None, steps(9, 20))
+    other["rows"]["b"] = other["rows"].pop("a")
+    with pytest.raises(ValueError, match="classified by another and brightness: name one"):
+        combine({"one": found, "two": other}, "a")
+
+
+def test_what_is_no_classifier_is_refused(tools, tmp_path, monkeypatch):
+    (tmp_path / "b_judge.py").write_text(JUDGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for path, said in (
+        ("b_judge", "--classifier b_judge: name it as MODULE:FUNCTION"),
+        ("no_judge:load", "--classifier no_judge:load: No module named 'no_judge'"),
+        ("b_judge:lode", "--classifier b_judge:lode: .*no attribute 'lode'"),
+        ("b_judge:JUDGE_NAME.x", "--classifier b_judge:JUDGE_NAME.x: .*no attribute"),
+        ("b_judge:nameless", "a function of the device that gives a callable with a name"),
+        ("math:pi", "a function of the device that gives a callable with a name"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_classifier(path)
+    judge = load_classifier("b_judge:load")
+    monkeypatch.setattr(type(judge), "__call__", lambda self, x: (["dog"], x.flatten(1).float()))
+    with pytest.raises(ValueError, match=r"brightness gives 1 names .* \(4, 768\) for 4 images"):
+        measure(Tools(tools.distances, None, classifier=judge), scaled())
 
 
 # ---------------------------------------------------------------------------------------------
