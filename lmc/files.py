@@ -40,6 +40,26 @@ def whole(file: Path) -> Iterator[Path]:
         _flush(file.parent)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end; one that is there is replaced.
+
+    For a moment, between two renames, there is neither; killed then, the old one is '.NAME.old'.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _remove_left(folder: Path, mine: str) -> None:
     """Remove what writers on this machine left that are no more; `mine` is how theirs begin."""
     for name in os.listdir(folder):

@@ -17,6 +17,9 @@ from lmc.specs import LOSSES
 from lmc.training.base import StepDecay
 from lmc.training.bias import CorrectorTraining
 from lmc.training.cli import ConfigReader, TrainingCLI
+from lmc.training.clip import ClipTraining
+from lmc.training.prior import PriorTraining
+from lmc.training.start import train
 from lmc.training.translator import TranslatorTraining
 
 import worlds
@@ -28,6 +31,7 @@ STAGES = {
     "bias": (train_bias.main, CorrectorTraining),
     "translator": (train_translator.main, TranslatorTraining),
 }
+LABELLED = {"prior": PriorTraining, "clip": ClipTraining}
 # The overlays, by the family whose tiny pipeline stands in for the prior's weights.
 PRIORS = {
     "if-m": "if",
@@ -127,11 +131,26 @@ def test_eight_classes_are_all_that_the_demo_draws(monkeypatch):
     assert eight.pop("run") != four.pop("run") and eight == four
 
 
+@pytest.mark.parametrize("stage", LABELLED)
+def test_configs_on_labelled_pictures_build_their_training(stage, tmp_path, monkeypatch):
+    """By the header's own command; of the classes and captions that the demo draws."""
+    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.syspath_prepend(ROOT / "data" / "demo")
+    animals = importlib.import_module("animals")
+    (words,) = [x for x in commands(CONFIGS / stage / "demo.yaml") if x[1].endswith("train.py")]
+    assert words[1] == f"data/{stage}/train.py"
+    args = [str(ROOT / word) if word.startswith("configs/") else word for word in words[2:]]
+    cli = train(stage, [*args, f"--run={tmp_path}"], words[1])
+    assert type(cli.model) is LABELLED[stage] and cli.model.classes == list(animals.CLASSES)
+    captions = [animals.caption(i) for i in range(len(animals.CLASSES))]
+    assert cli.model.network.arguments["captions"] == captions
+
+
 def test_every_config_is_tested():
     found = {str(file.relative_to(CONFIGS))[:-5] for file in CONFIGS.rglob("*.yaml")}
     stages = {f"{stage}/{which}" for stage in STAGES for which in ("demo", "paper")}
     mine = stages | {f"priors/{name}" for name in PRIORS} | {"translator/imagenet-classes"}
-    mine |= {"translator/demo-eight"}
+    mine |= {"translator/demo-eight", *(f"{stage}/demo" for stage in LABELLED)}
     assert {name for name in found if not name.startswith("image/")} == mine
 
 

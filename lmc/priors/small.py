@@ -6,7 +6,6 @@ schedule. The very code that loads DeepFloyd IF loads it.
 """
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, IFPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from lmc.files import whole_folder
 
 TEXT_LENGTH = 77  # what IFPipeline pads every prompt to
 TEXT_WIDTH = 64
@@ -109,7 +110,7 @@ class TextDenoiser(torch.nn.Module):
         """Write it as a pipeline folder of half precision; one that is there is replaced.
 
         Args:
-            folder: to write; what reads it sees the old one or the new one.
+            folder: to write.
         """
         pipeline: Any = IFPipeline(
             tokenizer=self.tokenizer,
@@ -121,15 +122,8 @@ class TextDenoiser(torch.nn.Module):
             watermarker=None,
             requires_safety_checker=False,
         )
-        partial = folder.with_name(f".{folder.name}.partial")
-        old = folder.with_name(f".{folder.name}.old")
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        pipeline.save_pretrained(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(folder) as partial:
+            pipeline.save_pretrained(partial)
 
 
 def _half(model: Any) -> Any:

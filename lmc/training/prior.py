@@ -1,11 +1,8 @@
 """Before stage one, where there is no prior: train a small one on labelled pictures."""
 
 import math
-import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,29 +16,9 @@ from lmc.measure.metrics import Clip, cmmd, cosines
 from lmc.priors.small import STEPS, TextDenoiser, sample
 from lmc.schedule import time_bin
 from lmc.shards.images import ImageBatch
-from lmc.shards.stream import is_remote
 from lmc.shards.triplets import draw_for_key
-from lmc.training.base import TIME_BINS, TrainingModule, leads, show
-
-ASKED = 20  # steps between two looks at the clock, for which all processes wait for one another
-FEW = 50  # images of a class, of fewer of which it is said that they are learnt by heart
-PIPELINE = "prior"  # the folder in the run folder that the averaged weights are written to
-
-
-@dataclass(frozen=True)
-class WarmCosine:
-    """A learning rate that rises to `lr` in `warm_up` steps and falls along a cosine to 0.
-
-    Raises:
-        ValueError: one of them is out of its range.
-    """
-
-    lr: float = 1e-3
-    warm_up: int = 200
-
-    def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, "model.optimizer.lr", "above 0", self.lr)
-        require(self.warm_up >= 1, "model.optimizer.warm_up", "at least 1", self.warm_up)
+from lmc.training.base import TIME_BINS, show
+from lmc.training.labelled import LabelledTraining, WarmCosine, captions_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +48,7 @@ class Samples:
         require(0 < scale < math.inf, "model.samples.guidance_scale", "above 0", scale)
 
 
-class PriorTraining(TrainingModule):
+class PriorTraining(LabelledTraining):
     """Trains a small text-to-image model by v-prediction: ‖v − v̂(z_t, t, text)‖².
 
     The averaged weights become a pipeline folder in DeepFloyd IF's format, RUN/prior, at each look
@@ -103,7 +80,7 @@ class PriorTraining(TrainingModule):
         ValueError: a number or a text that makes no sense.
     """
 
-    paper_batch = 0
+    folder = "prior"
 
     def __init__(
         self,
@@ -113,7 +90,7 @@ class PriorTraining(TrainingModule):
         widths: Sequence[int] = (24, 48, 96, 120),
         attention: int = 2,
         layers: int = 1,
-        optimizer: WarmCosine = WarmCosine(),
+        optimizer: WarmCosine = WarmCosine(),  # noqa: B008
         ema_decay: float = 0.999,
         prompt_dropout: float = 0.1,
         flip: bool = True,
@@ -124,20 +101,15 @@ class PriorTraining(TrainingModule):
         heldout_images: int | None = 500,
         seed: int = 0,
     ) -> None:
-        require(len(set(classes)) == len(classes) >= 2, "model.classes", "two or more", classes)
-        require("{}" in prompt, "model.prompt", "a text with {} in it", repr(prompt))
         require(0 <= prompt_dropout < 1, "model.prompt_dropout", "in [0, 1)", prompt_dropout)
         require(min_snr is None or min_snr > 0, "model.min_snr", "above 0, or null", min_snr)
-        require(hours is None or hours > 0, "model.hours", "above 0, or null", hours)
-        captions = [prompt.replace("{}", name) for name in classes]
+        self.captions = captions_of(classes, prompt)
         with about("model"):
-            network = TextDenoiser(captions, image_size, widths, attention, layers)
-        super().__init__(network, optimizer, ema_decay, seed)
-        self.classes, self._image_size, self.captions = list(classes), image_size, captions
+            network = TextDenoiser(self.captions, image_size, widths, attention, layers)
+        budget: Any = (optimizer, ema_decay, hours, heldout_images, seed)
+        super().__init__(network, classes, image_size, *budget)
         self.prompt_dropout, self.flip, self.min_snr = prompt_dropout, flip, min_snr
-        self.hours, self.compile_unet, self.samples = hours, compile, samples
-        self._heldout_images = heldout_images
-        self.spent = 0.0  # seconds, in the sessions before
+        self.compile_unet, self.samples = compile, samples
         self.register_buffer("alphas_cumprod", network.alphas_cumprod(), persistent=False)
         self.alphas_cumprod: Tensor
         self.clip: Clip | None = None
@@ -147,16 +119,6 @@ class PriorTraining(TrainingModule):
         """The network being trained."""
         assert isinstance(self.network, TextDenoiser)
         return self.network
-
-    @property
-    def image_size(self) -> int:
-        """See the class."""
-        return self._image_size
-
-    @property
-    def heldout_images(self) -> int | None:
-        """See the class."""
-        return self._heldout_images
 
     def check(self, data: Any) -> None:
         """See `TrainingModule`.
@@ -172,10 +134,7 @@ class PriorTraining(TrainingModule):
                 f"data.image_size {size} is below model.image_size {self.image_size}: prepare the "
                 "shards larger, or train a smaller prior"
             )
-        stream = data.stream(data.train, False, self)
-        if leads() and not any(map(is_remote, stream.urls)):
-            for line in check_labels(stream.labels(), self.classes):
-                print(line, flush=True)
+        self.check_data(data)
         if self.samples.clip is not None:
             self.clip = _clip(self.samples.clip)
 
@@ -186,76 +145,8 @@ class PriorTraining(TrainingModule):
         if self.compile_unet:
             self.denoiser.unet.compile()
 
-    def identities(self) -> dict[str, dict[str, Any]]:
-        """There is nothing behind any name."""
-        return {}
-
-    def configure_optimizers(self) -> Any:
-        """AdamW without decay of the weights, its rate as `WarmCosine` says."""
-        adam = torch.optim.AdamW(
-            self.network.parameters(), lr=self.adam.lr, betas=(0.9, 0.99), weight_decay=0
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._decay)
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _decay(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / self.adam.warm_up)
-        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.share or 0.0)))
-
-    # -----------------------------------------------------------------------------------------
-    # The budget
-
-    def on_fit_start(self) -> None:
-        """The clock starts; what is done already counts."""
-        self.began = time.monotonic()
-        self._look_at_clock()
-
-    def seconds(self) -> float:
-        """Of training, in all sessions together."""
-        return self.spent + time.monotonic() - self.began
-
-    def _look_at_clock(self) -> None:
-        """How much of the training is done: the same on all processes."""
-        share = self.trainer.global_step / self.trainer.max_steps
-        if self.hours is not None:
-            share = max(share, self.seconds() / 3600 / self.hours)
-            share = self.trainer.strategy.broadcast(share)
-        self.share = share
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Look at the clock, where it is time to."""
-        if self.hours is None or self.global_step % ASKED == 0:
-            self._look_at_clock()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End where the hours are over."""
-        if (self.share or 0.0) >= 1:
-            self.trainer.should_stop = True
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `TrainingModule`; the seconds go with it."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["seconds"] = self.seconds()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `TrainingModule`."""
-        super().on_load_checkpoint(checkpoint)
-        self.spent = checkpoint["seconds"]
-
     # -----------------------------------------------------------------------------------------
     # A step
-
-    def captions_of(self, labels: Iterable[str]) -> Tensor:
-        """The numbers of the captions of labels, int64 (B,).
-
-        Raises:
-            ValueError: a label that is no class.
-        """
-        try:
-            numbers = [self.classes.index(label) for label in labels]
-        except ValueError as error:
-            raise ValueError(f"data: a label that model.classes has not: {error}") from error
-        return torch.tensor(numbers, device=self.device)
 
     def losses(
         self, network: TextDenoiser, z: Tensor, step: Tensor, eps: Tensor, caption: Tensor
@@ -279,7 +170,7 @@ class PriorTraining(TrainingModule):
         how: Any = {"generator": generator, "device": self.device}
         if self.flip:
             z = torch.where(torch.rand(count, 1, 1, 1, **how) < 0.5, z.flip(3), z)
-        caption = self.captions_of(batch.label)
+        caption = self.numbers_of(batch.label)
         dropped = torch.rand(count, **how) < self.prompt_dropout
         caption = torch.where(dropped, len(self.classes), caption)
         step = torch.randint(STEPS, (count,), **how)
@@ -324,7 +215,7 @@ class PriorTraining(TrainingModule):
         step = (torch.cat([t for t, _ in drawn]) * STEPS).long().to(self.device)
         eps = torch.cat([noise for _, noise in drawn]).to(z)
         averaged: Any = self.averaged
-        losses = self.losses(averaged, z, step, eps, self.captions_of(batch.label))
+        losses = self.losses(averaged, z, step, eps, self.numbers_of(batch.label))
         for number, loss in zip(time_bin(step / STEPS, TIME_BINS).tolist(), losses, strict=True):
             self.errors[number].update(loss)
         if self.clip is not None:
@@ -367,36 +258,7 @@ class PriorTraining(TrainingModule):
         """The averaged weights as RUN/prior, by one process."""
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             averaged: Any = self.averaged
-            averaged.save_pipeline(Path(self.trainer.default_root_dir) / PIPELINE)
-
-
-def check_labels(labels: Counter[str], classes: Sequence[str]) -> list[str]:
-    """Compare the labels of the training images with the classes.
-
-    Args:
-        labels: how many images have each.
-        classes: that will be trained.
-
-    Returns:
-        What there is to say: of classes of few images.
-
-    Raises:
-        ValueError: a label that is no class, or a class without images.
-    """
-    found = ", ".join(f"{name} {count:,}" for name, count in sorted(labels.items()))
-    if unknown := sorted(labels.keys() - set(classes)):
-        raise ValueError(
-            f"data.train has images of {', '.join(unknown)}, which model.classes does not name: "
-            f"name them, or prepare shards without them. There are: {found}"
-        )
-    if missing := sorted(set(classes) - labels.keys()):
-        raise ValueError(f"data.train has no images of {', '.join(missing)}. There are: {found}")
-    return [
-        f"{name}: {labels[name]} images are few: the prior will know them by heart, and its "
-        "pictures of the class be copies of them"
-        for name in classes
-        if labels[name] < FEW
-    ]
+            averaged.save_pipeline(self.target)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "prior": ("lmc.training.prior", "PriorTraining"),
+    "clip": ("lmc.training.clip", "ClipTraining"),
     "bias": ("lmc.training.bias", "CorrectorTraining"),
     "translator": ("lmc.training.translator", "TranslatorTraining"),
 }
@@ -25,7 +26,7 @@ def train(stage: str, args: Sequence[str] | None, program: str) -> "TrainingCLI"
     """Run a stage's command line.
 
     Args:
-        stage: 'prior', 'bias' or 'translator'.
+        stage: 'prior', 'clip', 'bias' or 'translator'.
         args: in place of the process's own.
         program: its name, before the line that an error is.
 

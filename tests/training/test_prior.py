@@ -11,7 +11,8 @@ import torch
 from lmc.priors import DiffusersPrior
 from lmc.priors.small import TextDenoiser, sample, scheduler
 from lmc.shards.images import ImageStream, write_shard
-from lmc.training.prior import PriorTraining, check_labels
+from lmc.training.labelled import check_labels
+from lmc.training.prior import PriorTraining
 from lmc.training.start import train
 
 import worlds
