@@ -480,6 +480,19 @@ ANIMALS: dict[str, Callable[[Scene], None]] = {
 
 
 @torch.no_grad()
+def draw_bytes(count: int, seed: int, size: int) -> tuple[Tensor, Tensor]:
+    """Drawings of all classes in turn, of the seeds `seed` and up.
+
+    Returns:
+        uint8 (count, 3, size, size), and their class ids, int64 (count,).
+    """
+    labels = torch.arange(count) % len(CLASSES)
+    seeds = torch.arange(count) + seed
+    parts = zip(labels.split(256), seeds.split(256), strict=True)
+    pictures = [((draw(*part, size) + 1) * 127.5).round().to(torch.uint8) for part in parts]
+    return torch.cat(pictures), labels
+
+
 def draw(class_ids: Tensor, seeds: Tensor, size: int) -> Tensor:
     """Draw animals: class_ids and seeds (B,) int64 -> (B, 3, size, size) float32 in [-1, 1].
 

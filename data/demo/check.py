@@ -24,13 +24,14 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 
 from lmc.load import load_translator
-from lmc.shards.images import ImageStream
+from lmc.measure.metrics import Clip, cosines
+from lmc.measure.small_clip import augment
+from lmc.shards.images import ImageStream, from_uint8
 
-import train_clip
-import train_prior
-from animals import CLASSES, caption
+from animals import CLASSES, caption, draw_bytes
 
-# None of these pictures is in a training set of train_prior.py or train_clip.py.
+SIZE, CLIP_SIZE = 32, 64
+# The committed models have seen none of these pictures, nor do what prepare.py draws.
 CLIP_SEED, TRAIN_SEED, TEST_SEED = 4_000_000, 5_000_000, 6_000_000
 SHEET_COLUMNS = 10
 
@@ -69,7 +70,7 @@ def train_classifier(steps: int, count: int = 12_600, batch: int = 64) -> nn.Seq
     model = build_classifier()
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    pictures, labels = train_prior.picture_table(count, TRAIN_SEED)
+    pictures, labels = draw_bytes(count, TRAIN_SEED, SIZE)
     start = time.time()
     for step in range(1, steps + 1):
         random = torch.Generator().manual_seed(step)
@@ -116,9 +117,33 @@ def shares(hits: Tensor, labels: Tensor) -> dict[str, float]:
 # The checks
 
 
+@torch.no_grad()
 def check_clip(folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """Zero-shot results of the judge on `count` fresh drawings, see `train_clip.acceptance`."""
-    return train_clip.acceptance(folder, count, CLIP_SEED)
+    """The judge on `count` fresh drawings: as drawn, augmented, and drawn at half the size.
+
+    Accuracy over the nine captions, and the mean cosines of the right and of the other captions.
+    """
+    clip = Clip(str(folder))
+    texts = clip.texts([caption(i) for i in range(len(CLASSES))])
+    drawn, labels = draw_bytes(count, CLIP_SEED, CLIP_SIZE)
+    random = torch.Generator().manual_seed(CLIP_SEED)
+    batches = [from_uint8(batch) for batch in drawn.split(250)]
+    small = from_uint8(draw_bytes(count, CLIP_SEED, CLIP_SIZE // 2)[0])
+    sets = {
+        "drawn": batches,
+        "augmented": [augment(batch, random) for batch in batches],
+        "half_size": small.split(250),
+    }
+    right = F.one_hot(labels, len(CLASSES)).bool()
+    found = {}
+    for name, pictures in sets.items():
+        table = torch.cat([cosines(clip.images(batch), texts) for batch in pictures])
+        found[name] = {
+            "accuracy": (table.argmax(1) == labels).float().mean().item(),
+            "matching": table[right].mean().item(),
+            "other": table[~right].mean().item(),
+        }
+    return found
 
 
 def sample(
@@ -159,7 +184,7 @@ def write_sheet(pictures: Tensor, labels: Tensor, file: Path) -> None:
 
 def check_classifier(model: nn.Module, count: int) -> dict[str, float]:
     """Share of fresh drawings that it recognises, overall and by class."""
-    drawn, labels = train_prior.picture_table(count, TEST_SEED)
+    drawn, labels = draw_bytes(count, TEST_SEED, SIZE)
     known = shares(classify(model, drawn.float() / 127.5 - 1) == labels, labels)
     print("classifier on fresh drawings", rounded(known))
     return known
@@ -169,7 +194,7 @@ def check_translators(args: argparse.Namespace) -> dict:
     """By translator, and for the untouched cats: share that the classifier calls the target."""
     model = get_classifier(args.classifier, args.classifier_steps)
     found: dict = {"classifier": check_classifier(model, args.count)}
-    batches = list(ImageStream(args.cats, train_prior.SIZE, 100, training=False))
+    batches = list(ImageStream(args.cats, SIZE, 100, training=False))
     cats = torch.cat([batch.image for batch in batches if batch.key])
     for folder in args.translators:
         translator = load_translator(str(folder)).eval()

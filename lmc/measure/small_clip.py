@@ -145,7 +145,7 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     backend.train_from_iterator(
         list(captions), BpeTrainer(end_of_word_suffix="</w>", vocab_size=2000, show_progress=False)
     )
-    merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
+    merges: Any = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
     pieces = dict.fromkeys(alphabet + [a + b for a, b in merges])
     vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)

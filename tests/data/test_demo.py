@@ -13,7 +13,6 @@ import torch
 from lmc.load import load_network
 from lmc.measure.evaluate import Truth
 from lmc.measure.metrics import Clip, r_precision
-from lmc.priors import DiffusersPrior
 from lmc.shards.images import ImageStream, heldout_names
 
 ROOT = Path(__file__).parents[2]
@@ -171,68 +170,6 @@ def script(cwd: Path, *args: object) -> str:
     )
     assert result.returncode == 0, result.stdout[-3000:]
     return result.stdout
-
-
-# The cosine ends at --steps, so that a run "stopped" at 3 of 6 cannot be made by --steps 3: the
-# process is ended from inside, right after its checkpoint of step 3.
-STOP = """
-import os, runpy, sys
-right = os.replace
-def replace(source, target):
-    right(source, target)
-    if str(target).endswith(".train.pt"):
-        os._exit(7)
-os.replace = replace
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def stop_and_go(tmp_path: Path, name: str, *more: str) -> tuple[Path, Path]:
-    """Train 6 steps straight, and 3 + 3 across a stop; both folders."""
-    args = [*("--steps", "6", "--pictures", "64", "--batch", "4", "--save_every", "3"), *more]
-    file = DEMO / f"{name}.py"
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    script(ROOT, file, "--out", straight, *args)
-    command = [sys.executable, "-c", STOP, str(file), "--out", str(stopped), *args]
-    assert subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode == 7
-    assert (tmp_path / "stopped.train.pt").exists()
-    assert "going on from step 3" in script(ROOT, file, "--out", stopped, *args)
-    assert not list(tmp_path.glob("*.train.pt"))
-    return straight, stopped
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    from safetensors.torch import load_file
-
-    files = [path.relative_to(one) for path in one.rglob("*.safetensors")]
-    assert files
-    for file in files:
-        mine, theirs = load_file(one / file), load_file(other / file)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[name]) for name, value in mine.items()), file
-
-
-@pytest.mark.slow
-def test_the_prior_s_training_goes_on_and_loads(tmp_path):
-    straight, stopped = stop_and_go(tmp_path, "train_prior")
-    assert_same_weights(straight, stopped)
-    prior = DiffusersPrior(str(stopped), cache_dir=str(tmp_path / "cache"))
-    prior.to("cpu")
-    eps, z_hat = prior.predict(
-        torch.zeros(1, 3, 32, 32), torch.tensor([0.5]), prior.embed(["a photo of a cat"])
-    )
-    assert eps.shape == z_hat.shape == (1, 3, 32, 32) and eps.isfinite().all()
-
-
-@pytest.mark.slow
-def test_the_judge_s_training_goes_on_and_loads(tmp_path):
-    straight, stopped = stop_and_go(tmp_path, "train_clip")
-    assert_same_weights(straight, stopped)
-    clip = Clip(str(stopped))
-    assert clip.images(torch.zeros(2, 3, 64, 64)).shape == (2, 64)
-    assert clip.texts(["a photo of a cat"]).isfinite().all()
 
 
 @pytest.mark.slow
