@@ -378,7 +378,7 @@ def test_a_hub_id_is_told_by_the_config_of_its_cache(tmp_path, monkeypatch, kind
     assert type(found) is type(network)
     assert_weights(found, network.state_dict())
     if kind == "translator":
-        with pytest.raises(ValueError, match=r"me/translator .*has classes, image_size"):
+        with pytest.raises(ValueError, match=r"me/translator .*has classes, gated, image_size"):
             load_corrector(f"me/{kind}")
     else:
         assert type(load_corrector(f"me/{kind}")) is type(network)
