@@ -848,7 +848,7 @@ def test_a_training_s_notes_are_shown_at_once(tmp_path, capfd):
 
 def test_the_module_says_how_it_is_used():
     for given in ([], ["fit"]):
-        with pytest.raises(SystemExit, match=r"python -m lmc\.training \{prior,clip,bias,translator\}"):
+        with pytest.raises(SystemExit, match=r"lmc\.training \{prior,clip,bias,translator\}"):
             training.main(given)
 
 
