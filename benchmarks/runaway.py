@@ -9,7 +9,7 @@ of the prior; the stability test of each), a translator with each at each guidan
 of --long further with the last, which is the recommended one. Nothing but that differs from
 configs/translator/demo.yaml, except that the learning rate is not halved before step 1,583 and that
 the prior runs in bfloat16. OUT/runaway.json has all figures, OUT/runaway.png the picture. Two
-cores: an hour and a half; it goes on where it was stopped.
+cores: about two hours; it goes on where it was stopped.
 """
 
 import argparse
