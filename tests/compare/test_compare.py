@@ -403,6 +403,11 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert "cond.loss.init_args.guidance_scale is 5.0 there and 6.0 here" in said
     said = message(*args(world, out, "cond", "--", *TIME[:1]))
     assert "cond.time" in said and "UniformTime" in said
+    # An option that the version which began it had not yet.
+    file = out / "comparison.json"
+    there = json.loads(file.read_text())
+    del there["config"]["data"]["balance"]
+    file.write_text(json.dumps(there))
     main(args(world, out, "cond", "--seeds", "2"))
     assert not trained
 
