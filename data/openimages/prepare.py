@@ -7,7 +7,7 @@ the file), or an uncompressed .tar; several if wanted. Any kind of image is turn
 8-bit RGB: grey, CMYK, 16-bit, palette; what is transparent becomes white, of an animation the
 first frame is taken, colour profiles are not applied. Of images with the same bytes one is kept.
 Held out are the round(5 %) with the smallest SHA-256 of the file's name (without folders), or of
-the bytes if two files have the same name.
+the bytes if two files have the same name; with --folder_labels those of each label.
 
 It writes train-*.tar, heldout-*.tar, heldout.txt, skipped.txt and index.json; data/README.md says
 what they hold. A run that was stopped goes on with the same command.
@@ -46,7 +46,12 @@ def list_photos(path: Path, label: str | None) -> tuple[list[Source], list[Skip]
 def prepare(args: argparse.Namespace) -> None:
     """List the images and write their shards."""
     label = None if args.folder_labels else args.label
-    options = shards.options_of(args, crop=args.crop, label=label or "the folder's name")
+    options = shards.options_of(
+        args,
+        crop=args.crop,
+        by_class=args.folder_labels,
+        label=label or "the folder's name",
+    )
     sources: list[Source] = []
     skipped: list[Skip] = []
     for path in dict.fromkeys(path.resolve() for path in args.source):

@@ -515,6 +515,19 @@ def test_labels_by_folder(tmp_path):
     assert (found["a.png"]["label"], found["b.png"]["label"]) == ("fish", "bird")
 
 
+def test_of_each_folder_its_share_is_held_out(tmp_path):
+    """A rare label has held-out images too, and which they are does not depend on the others."""
+    counts = {"cat": 40, "bear": 20}
+    named = {kind: [f"{kind}{i}.png" for i in range(n)] for kind, n in counts.items()}
+    for i, (kind, names) in enumerate(named.items()):
+        for j, name in enumerate(names):
+            write(tmp_path / "in" / kind / name, encoded(noise(100 * i + j)))
+    photos(tmp_path / "in", "--out", tmp_path / "out", "--size=8", "--folder_labels")
+    expected = [heldout_names(names) for names in named.values()]
+    assert [len(names) for names in expected] == [2, 1]
+    assert heldout(tmp_path / "out") == set.union(*expected)
+
+
 def test_odd_names_are_told_apart(tmp_path):
     """By the key, which in a tar has no dot, and no sample takes another's image."""
     names = ["a.png", "a.bmp", "猫.png", "犬.png", "x.y.png", "x_y.png", "n" * 150 + ".png"]
