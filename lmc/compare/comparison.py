@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lmc.compare.checks import check, claim, configure, embed
-from lmc.compare.measured import draw, measure_run, not_measured, references, row_of
+from lmc.compare.measured import draw, measure_run, measures, not_measured, row_of
 from lmc.compare.runs import recorded, run_of, train_all
 from lmc.configs import parse_seeds
 from lmc.device import choose_device
 from lmc.files import write_json, write_text
 from lmc.measure.commands import report
 from lmc.measure.comparison import rows_over_seeds
-from lmc.measure.metrics import Clip
+from lmc.measure.metrics import Clip, load_classifier
 from lmc.measure.tables import markdown
 from lmc.specs import parse_specs
 from lmc.training.cli import ConfigReader
@@ -29,6 +29,7 @@ def compare(
     clip: str = "openai/clip-vit-base-patch16",
     truth: Path | None = None,
     real: str | None = None,
+    classifier: str | None = None,
     jobs: int = 1,
     overrides: list[str] | None = None,
     device: str = "auto",
@@ -50,6 +51,8 @@ def compare(
         truth: true counterparts of the held-out images, to measure against: DIR/CLASS/KEY.png.
         real: real images of the target classes, for CMMD: DIR/CLASS/*.png, or shards with the class
             as label.
+        classifier: MODULE:FUNCTION of your own, a judge that is independent of prior and CLIP: see
+            lmc evaluate.
         jobs: trainings side by side; each has GPUs of its own, where there are as many.
         overrides: options of every training in place of the configuration's; they may also stand
             at the end, after --: such as -- --trainer.max_steps=100.
@@ -71,8 +74,8 @@ def compare(
     own = common["seed_everything"]
     numbers = parse_seeds((own if type(own) is int else 0) if seeds is None else seeds)
     checked = check(configs)
-    model = Clip(clip, device)
-    beside = references(truth, real, model, common, device)
+    judge = load_classifier(classifier, device) if classifier else None
+    by = measures(Clip(clip, device), truth, real, judge, common, device)
     embed(checked)
     noted = claim(out, configs, checked)
     named = [run_of(out, spec, seed, configs[spec.label]) for spec in specs for seed in numbers]
@@ -81,7 +84,7 @@ def compare(
     except KeyboardInterrupt:
         sys.exit("lmc: stopped; the same command goes on")
     runs = recorded(out, noted, common, named)
-    measure = partial(measure_run, clip=model, config=common, device=device, beside=beside)
+    measure = partial(measure_run, by=by, config=common, device=device)
     source = measure(None, out / "source", "the source images")
     by_loss: dict[str, dict[str, Any]] = {run.spec.label: {} for run in runs}
     for run in runs:
@@ -97,7 +100,7 @@ def compare(
     print(text)
     # Of each loss the first seed that did not fail.
     shown = {run.spec.label: run.folder for run in reversed(runs) if run.name not in failed}
-    lines += draw(dict(reversed(shown.items())), common, out, beside.truth)
+    lines += draw(dict(reversed(shown.items())), common, out, by.truth)
     print(f"written: {out}/table.md, results.json, grid.png")
     problem = ""
     try:

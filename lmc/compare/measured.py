@@ -3,7 +3,7 @@
 import hashlib
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lmc.measure.evaluate import (
     translated,
 )
 from lmc.measure.figures import labelled_grid
-from lmc.measure.metrics import Clip, distances
+from lmc.measure.metrics import Classifier, Clip, distances
 from lmc.measure.results import VERSION, Real, numbers
 from lmc.shards.images import ImageStream
 from lmc.shards.stream import expand_shards
@@ -35,45 +35,60 @@ BATCH, PICTURES = 50, 10  # held-out images at a time, and in the picture
 
 
 @dataclass(frozen=True)
-class References:
-    """What the outputs are measured against beside their sources.
+class Measures:
+    """What the outputs of all trainings are measured by.
 
     Attributes:
-        truth: the true counterparts of the held-out images, if there are any.
-        real: real images of the targets, by CLIP's features, if there are any.
-        about: what tells them from others, 'truth' and 'real', of those there are.
+        tools: networks, and the true counterparts of the held-out images, if there are any.
+        real: real images of the targets, by the networks' features, if there are any.
+        about: what tells all of them from others.
     """
 
-    truth: Truth | None = None
-    real: Real | None = None
-    about: Mapping[str, str] = field(default_factory=dict)
+    tools: Tools
+    real: Real | None
+    about: Mapping[str, Any]
+
+    @property
+    def truth(self) -> Truth | None:
+        """The true counterparts."""
+        assert self.tools.truth is None or isinstance(self.tools.truth, Truth)
+        return self.tools.truth
 
 
-def references(
-    truth: Path | None, real: str | None, clip: Clip, config: Mapping[str, Any], device: str
-) -> References:
-    """What is named with `--truth` and `--real`, checked and read.
+def measures(
+    clip: Clip,
+    truth: Path | None,
+    real: str | None,
+    classifier: Classifier | None,
+    config: Mapping[str, Any],
+    device: str,
+) -> Measures:
+    """What is named with `--clip`, `--truth`, `--real` and `--classifier`, checked and read.
 
     Raises:
         OSError, ValueError: see `Truth`, `Folder.check_has`, `real_images`, `real_features`.
     """
     classes, data = config["model"]["classes"], config["data"]
     size = data["image_size"]
-    about: dict[str, str] = {}
+    by_source = distances(size)
+    about: dict[str, Any] = {"version": VERSION, "clip": clip.name, "distances": list(by_source)}
     true = None
     if truth is not None:
         true = Truth(truth, classes, size)
         stream = ImageStream(data["heldout"], size, BATCH, training=False)
         true.check_has(classes, heldout_keys(stream)[0], "true counterpart")
         about["truth"] = _stamp(_files(true))
+    if classifier is not None:
+        about["classifier"] = classifier.name
+    tools = Tools(by_source, clip, truth=true, classifier=classifier)
     pictures = None
     if real is not None:
         batches = real_images(real, classes, size, BATCH)
-        pictures = real_features(batches, Tools({}, clip), classes, device)
+        pictures = real_features(batches, tools, classes, device)
         about["real"] = _stamp(
             _files(Folder(Path(real))) if Path(real).is_dir() else expand_shards(real)
         )
-    return References(true, pictures, about)
+    return Measures(tools, pictures, about)
 
 
 def _files(folder: Folder) -> list[str]:
@@ -93,22 +108,15 @@ def measure_run(
     run: Path | None,
     folder: Path,
     name: str,
-    clip: Clip,
+    by: Measures,
     config: Mapping[str, Any],
     device: str,
-    beside: References = References(),
 ) -> dict[str, Any]:
     """The numbers of a run's averaged weights, or of none; the whole result is kept in `folder`."""
     file = folder / "evaluation.json"
     model, data = config["model"], config["data"]
-    tools = Tools(distances(data["image_size"]), clip, truth=beside.truth)
     row = "source" if run is None else name
-    about: dict[str, Any] = {
-        "version": VERSION,
-        "clip": clip.name,
-        "distances": list(tools.distances),
-        **beside.about,
-    }
+    about = dict(by.about)
     if run is not None:
         checkpoint = (run / "checkpoints" / "last.ckpt").stat()
         about["checkpoint"] = [checkpoint.st_size, checkpoint.st_mtime_ns]
@@ -121,13 +129,13 @@ def measure_run(
     measured = evaluate(
         {row: None if run is None else translated(_translator(run).to(device))},
         lambda: DataLoader(stream, batch_size=None),
-        tools,
+        by.tools,
         Prompts(targets, [*targets.values(), model["prompt"].format(model["source"])]),
         device,
-        real=beside.real,
+        real=by.real,
     )
-    if beside.truth is not None:
-        measured["truth"]["path"] = str(beside.truth.path)
+    if by.truth is not None:
+        measured["truth"]["path"] = str(by.truth.path)
     write_json(file, {"of": about, "measured": measured})
     print(f"measured {name}: {measured['heldout']['count']} images")
     return numbers(measured["rows"][row])

@@ -556,7 +556,8 @@ def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         Every measure but the channels', 'distance' (the first of the distances, which
-        'distance_name' names), 'distances' by name, 'r_precision_by_class', 'images'.
+        'distance_name' names), 'distances' by name, 'r_precision_by_class', with a classifier
+        'classified_by_class', 'images'.
     """
     values = {
         name: each["value"]
@@ -565,12 +566,18 @@ def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     found = {name: values[name] for name in DISTANCES if name in values}
     main = next(iter(found))
-    by_class = row["summary"].get("r_precision", {"by_class": {}})["by_class"]
+    shares = {"r_precision_by_class": {}} | {
+        f"{name}_by_class": {
+            target: each["value"] for target, each in row["summary"][name]["by_class"].items()
+        }
+        for name in ("r_precision", "classified")
+        if name in row["summary"]
+    }
     return {
         "distance": values[main],
         **{name: value for name, value in values.items() if name not in found},
         "distance_name": main,
         "distances": found,
-        "r_precision_by_class": {name: each["value"] for name, each in by_class.items()},
+        **shares,
         "images": row["images"],
     }

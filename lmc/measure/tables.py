@@ -13,6 +13,11 @@ COLUMNS = {
     "spectrum_lost": ("spectrum lost", ".3f"),
     "spectrum_gained": ("spectrum gained", ".3f"),
 }
+BY_CLASSIFIER = {
+    "classified": ("classified as the target", ".3f"),
+    "classifier_cmmd": ("CMMD (classifier)", ".3f"),
+    "classifier_kid": ("KID (classifier)", ".4f"),
+}
 # Those of what is measured only where it is asked for: a column where some row has it.
 ASKED = {
     "truth_rmse": ("RMSE to truth", ".3f"),
@@ -21,6 +26,7 @@ ASKED = {
     "truth_gained": ("gained against truth", ".3f"),
     "truth_cast": ("cast against truth", ".3f"),
     "cmmd": ("CMMD", ".3f"),
+    **BY_CLASSIFIER,
 }
 
 
@@ -70,13 +76,11 @@ MEASURES = {
     "clip_score_100": ("100 max(cos, 0)", ".1f"),
     "r_precision": ("R-Precision ({clip})", ".3f"),
     "truth_lpips": ("LPIPS to truth", ".3f"),
-    **{name: about for name, about in ASKED.items() if name != "cmmd"},
+    **{name: about for name, about in ASKED.items() if name.startswith("truth_")},
     "cmmd": ("CMMD ({clip})", ".3f"),
     "kid": ("KID", ".4f"),
     "fid": ("FID", ".2f"),
-    "classified": ("classified as the target", ".3f"),
-    "classifier_cmmd": ("CMMD (classifier)", ".3f"),
-    "classifier_kid": ("KID (classifier)", ".4f"),
+    **BY_CLASSIFIER,
     "spectrum_error": ("spectrum error", ".3f"),
     "spectrum_lost": ("spectrum lost", ".3f"),
     "spectrum_gained": ("spectrum gained", ".3f"),

@@ -412,7 +412,7 @@ def test_a_comparison(world, trained, tmp_path, capsys):
     assert not trained
 
 
-def test_against_truth_and_real_pictures(world, trained, copy, tmp_path, capsys):
+def test_against_truth_and_real_pictures(world, trained, copy, tmp_path, capsys, monkeypatch):
     """A finished comparison is measured again with them, not trained, and is what evaluate says."""
     (batch,) = ImageStream(f"{world}/shards/heldout-*.tar", 16, 24, training=False)
     truth, real = tmp_path / "truth", tmp_path / "real"
@@ -422,21 +422,26 @@ def test_against_truth_and_real_pictures(world, trained, copy, tmp_path, capsys)
             for key, image in zip(batch.key, batch.image, strict=True):
                 (folder / name / f"{key}.png").write_bytes(worlds.png(sign * image))
     command = args(world, copy, "cond", "--seeds", "0,1", "--truth", str(truth))
-    command += ["--real", str(real)]
+    (tmp_path / "its_judge.py").write_text(worlds.JUDGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    command += ["--real", str(real), "--classifier", "its_judge:load"]
     main(command)
     assert not trained
     row = results(copy)["cond"]["0"]
     out = tmp_path / "out.json"
     more = ["--shards", f"{world}/shards/heldout-*.tar", "--clip", str(world / "clip")]
-    more += ["--truth", str(truth), "--real", str(real), "--offline", "--out", str(out)]
+    more += ["--truth", str(truth), "--real", str(real), "--classifier", "its_judge:load"]
+    more += ["--offline", "--out", str(out)]
     main(["evaluate", "--translator", str(copy / "cond" / "seed0"), *more])
     wanted = numbers(json.loads(out.read_text())["rows"]["seed0"])
-    asked = {key for key in wanted if key.startswith("truth_")} | {"cmmd"}
+    asked = {key for key in wanted if key.startswith("truth_")} | {"cmmd", "classifier_cmmd"}
     assert asked >= {"truth_rmse", "truth_lost", "truth_gained", "truth_cast"}
     for key in asked:
         assert row[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5), key
     assert min(row["truth_rmse"], row["truth_cast"], row["cmmd"]) > 0
     head = (copy / "table.md").read_text().splitlines()[0]
+    assert set(row["classified_by_class"]) == {"dog", "bear"}
+    assert row["classified"] == wanted["classified"] and "classified as the target" in head
     assert "RMSE to truth" in head and "cast against truth" in head and "CMMD" in head
     assert "RMSE to truth" in (copy / "report.html").read_text()
 

@@ -597,28 +597,10 @@ def test_kid_and_fid_are_of_all_classes_and_each(tools):
 # ---------------------------------------------------------------------------------------------
 # A classifier of the user's own
 
-JUDGE = """
-class Judge:
-    name = "brightness"
-
-    def __call__(self, pixels):
-        bright = pixels.float().mean((1, 2, 3))
-        names = ["dog" if x > 127 else "no animal" for x in bright.tolist()]
-        return names, pixels.flatten(1) / 255
-
-
-def load(device):
-    return Judge()
-
-
-def nameless(device):
-    return lambda pixels: None
-"""
-
 
 def test_a_classifier_says_what_outputs_are_of(tools, tmp_path, monkeypatch):
     """The share that it calls the target's class; CMMD and KID of its features."""
-    (tmp_path / "a_judge.py").write_text(JUDGE)
+    (tmp_path / "a_judge.py").write_text(worlds.JUDGE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     judge = load_classifier("a_judge:load")
@@ -654,7 +636,7 @@ def test_a_classifier_says_what_outputs_are_of(tools, tmp_path, monkeypatch):
 
 
 def test_what_is_no_classifier_is_refused(tools, tmp_path, monkeypatch):
-    (tmp_path / "b_judge.py").write_text(JUDGE)
+    (tmp_path / "b_judge.py").write_text(worlds.JUDGE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for path, said in (
