@@ -63,8 +63,9 @@ class ClipTraining(LabelledTraining):
         captions = captions_of(classes, prompt)
         with about("model"):
             network = SmallClip(captions, image_size, patch, width, layers, embedding)
-        budget: Any = (optimizer, ema_decay, hours, heldout_images, seed)
-        super().__init__(network, classes, image_size, *budget)
+        super().__init__(
+            network, classes, image_size, optimizer, ema_decay, hours, heldout_images, seed
+        )
 
     def check(self, data: Any) -> None:
         """See `TrainingModule`.

@@ -1,7 +1,7 @@
 """Before stage one, where there is no prior: train a small one on labelled pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,19 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lmc.errors import about, require
-from lmc.measure.evaluate import from_all_processes
+from lmc.measure.evaluate import classified, from_all_processes
 from lmc.measure.figures import labelled_grid
-from lmc.measure.metrics import Clip, cmmd, cosines
+from lmc.measure.metrics import Classifier, Clip, cmmd, cosines, load_classifier
 from lmc.priors.small import STEPS, TextDenoiser, sample
 from lmc.schedule import time_bin
-from lmc.shards.images import ImageBatch
+from lmc.shards.images import ImageBatch, to_uint8
 from lmc.shards.triplets import draw_for_key
 from lmc.training.base import TIME_BINS, show
 from lmc.training.labelled import LabelledTraining, WarmCosine, captions_of
+
+# What is said of samples by judge: the share that it calls their class (the small CLIP by the
+# nearest caption), and the distance of its features to those of the held-out images.
+JUDGES = {"recognised": "cmmd", "classified": "classifier_cmmd"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Samples:
         guidance_scale: of their prompts.
         clip: folder or hub id of a CLIP that judges them: the share that it finds nearest to their
             own prompt, and CMMD to the held-out images; None leaves both out.
+        classifier: MODULE:FUNCTION, see `lmc.measure.metrics.load_classifier`: the share that it
+            calls their class, and CMMD of its features; None leaves both out.
 
     Raises:
         ValueError: one of them is out of its range.
@@ -40,6 +46,7 @@ class Samples:
     steps: int = 25
     guidance_scale: float = 3.0
     clip: str | None = None
+    classifier: str | None = None
 
     def __post_init__(self) -> None:
         require(self.each >= 0, "model.samples.each", "at least 0", self.each)
@@ -106,13 +113,15 @@ class PriorTraining(LabelledTraining):
         self.captions = captions_of(classes, prompt)
         with about("model"):
             network = TextDenoiser(self.captions, image_size, widths, attention, layers)
-        budget: Any = (optimizer, ema_decay, hours, heldout_images, seed)
-        super().__init__(network, classes, image_size, *budget)
+        super().__init__(
+            network, classes, image_size, optimizer, ema_decay, hours, heldout_images, seed
+        )
         self.prompt_dropout, self.flip, self.min_snr = prompt_dropout, flip, min_snr
         self.compile_unet, self.samples = compile, samples
         self.register_buffer("alphas_cumprod", network.alphas_cumprod(), persistent=False)
         self.alphas_cumprod: Tensor
         self.clip: Clip | None = None
+        self.classifier: Classifier | None = None
 
     @property
     def denoiser(self) -> TextDenoiser:
@@ -126,7 +135,7 @@ class PriorTraining(LabelledTraining):
         Raises:
             ValueError: images smaller than image_size; labels that are no class, or a class without
                 images.
-            OSError, ValueError: of samples.clip.
+            OSError, ValueError: of samples.clip or samples.classifier.
         """
         size = data.image_size
         if size is not None and size < self.image_size:
@@ -135,13 +144,19 @@ class PriorTraining(LabelledTraining):
                 "shards larger, or train a smaller prior"
             )
         self.check_data(data)
+        self.load_judges("cpu")
+
+    def load_judges(self, device: torch.device | str) -> None:
+        """What judges samples, on a device; see `check`."""
         if self.samples.clip is not None:
-            self.clip = _clip(self.samples.clip)
+            self.clip = _clip(self.samples.clip, device)
+        if self.samples.classifier is not None:
+            with about("model.samples"):
+                self.classifier = load_classifier(self.samples.classifier, device)
 
     def setup(self, stage: str) -> None:
         """Load what judges, and compile."""
-        if self.samples.clip is not None:
-            self.clip = _clip(self.samples.clip, self.trainer.strategy.root_device)
+        self.load_judges(self.trainer.strategy.root_device)
         if self.compile_unet:
             self.denoiser.unet.compile()
 
@@ -204,7 +219,8 @@ class PriorTraining(LabelledTraining):
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
         self.errors = [MeanMetric().to(self.device) for _ in range(TIME_BINS)]
-        self.seen: list[tuple[str, Tensor]] = []  # label and CLIP's embedding
+        # By judge, labels and features.
+        self.seen: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in JUDGES}
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """The held-out loss of the averaged weights, with the noise of each image's key."""
@@ -218,8 +234,8 @@ class PriorTraining(LabelledTraining):
         losses = self.losses(averaged, z, step, eps, self.numbers_of(batch.label))
         for number, loss in zip(time_bin(step / STEPS, TIME_BINS).tolist(), losses, strict=True):
             self.errors[number].update(loss)
-        if self.clip is not None:
-            self.seen += zip(batch.label, self.clip.images(z).cpu(), strict=True)
+        for name, (_, features) in self.judged(z).items():
+            self.seen[name] += zip(batch.label, features.cpu(), strict=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out loss, draw pictures, and write the pipeline."""
@@ -228,18 +244,30 @@ class PriorTraining(LabelledTraining):
         for number, each in enumerate(self.errors):
             if each.weight > 0:
                 self.log(f"heldout/loss/t{number / TIME_BINS:.1f}", each.compute(), sync_dist=True)
-        seen = [each for part in from_all_processes(self.seen) for each in part]
+        parts = from_all_processes(self.seen)
+        seen = {name: [each for part in parts for each in part[name]] for name in JUDGES}
         judged: dict[str, float] = {}
         if self.trainer.is_global_zero and self.samples.each:
             pictures = self.draw()
             rows = dict(zip(self.classes, pictures.split(self.samples.each), strict=True))
             title = f"guidance {self.samples.guidance_scale:g}, {self.samples.steps} steps"
             show(self, "samples", "samples", labelled_grid({title: rows}))
-            if self.clip is not None:
-                judged = judge(self.clip, rows, self.captions, seen)
+            judged = judge(self.judged, rows, seen)
         for name, value in self.trainer.strategy.broadcast(judged).items():
             self.log(f"heldout/{name}", value, sync_dist=True)
         self.write()
+
+    @torch.no_grad()
+    def judged(self, image: Tensor) -> dict[str, tuple[Sequence[str], Tensor]]:
+        """What each judge calls images in [-1, 1], (B, 3, S, S), and its features (B, D)."""
+        found: dict[str, tuple[Sequence[str], Tensor]] = {}
+        if self.clip is not None:
+            features = self.clip.images(image)
+            nearest = cosines(features, self.clip.texts(self.captions)).argmax(1)
+            found["recognised"] = [self.classes[number] for number in nearest.tolist()], features
+        if self.classifier is not None:
+            found["classified"] = classified(self.classifier, to_uint8(image))
+        return found
 
     @torch.no_grad()
     def draw(self) -> Tensor:
@@ -261,35 +289,40 @@ class PriorTraining(LabelledTraining):
             averaged.save_pipeline(self.target)
 
 
-@torch.no_grad()
 def judge(
-    clip: Clip,
-    rows: dict[str, Tensor],
-    captions: Sequence[str],
-    seen: Sequence[tuple[str, Tensor]],
+    judged: Callable[[Tensor], Mapping[str, tuple[Sequence[str], Tensor]]],
+    rows: Mapping[str, Tensor],
+    seen: Mapping[str, Sequence[tuple[str, Tensor]]],
 ) -> dict[str, float]:
-    """What a CLIP says of samples.
+    """What judges say of samples.
 
     Args:
-        clip: that judges.
+        judged: what each judge calls pictures, and their features, by the names of `JUDGES`.
         rows: pictures by class, in [-1, 1].
-        captions: of the classes, in their order.
-        seen: the held-out images' labels and embeddings.
+        seen: the held-out images' labels and features by judge.
 
     Returns:
-        'recognised', the share that is nearest to its own caption; and 'cmmd' to the held-out
+        By judge, the share that it calls their class; and CMMD of its features to the held-out
         images, mean over the classes with two of each at least, where there is one.
     """
-    texts = clip.texts(list(captions))
-    right, distances = [], []
-    for number, (name, pictures) in enumerate(rows.items()):
-        made = clip.images(pictures)
-        right.append(cosines(made, texts).argmax(1) == number)
-        real = [embedding for label, embedding in seen if label == name]
-        if min(len(real), len(made)) >= 2:
-            distances.append(cmmd(made.cpu(), torch.stack(real)))
-    found = {"recognised": torch.cat(right).float().mean().item()}
-    return found | ({"cmmd": sum(distances) / len(distances)} if distances else {})
+    found: dict[str, float] = {}
+    verdicts = {name: judged(pictures) for name, pictures in rows.items()}
+    for share, distance in JUDGES.items():
+        right: list[bool] = []
+        distances = []
+        for name, verdict in verdicts.items():
+            if share not in verdict:
+                continue
+            called, made = verdict[share]
+            right += [each == name for each in called]
+            real = [features for label, features in seen[share] if label == name]
+            if min(len(real), len(made)) >= 2:
+                distances.append(cmmd(made.cpu(), torch.stack(real)))
+        if right:
+            found[share] = sum(right) / len(right)
+        if distances:
+            found[distance] = sum(distances) / len(distances)
+    return found
 
 
 def _clip(pretrained: str, device: torch.device | str = "cpu") -> Clip:

@@ -17,6 +17,8 @@ OF_MODEL = (
     "model.heldout_images",
     "model.heldout_draws",
     "model.stability",
+    "model.samples",
+    "model.compile",
     "model.prior.cache_dir",
     "model.prior.compile",
     "model.prior.channels_last",

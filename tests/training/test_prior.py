@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lmc.measure.metrics import cmmd
 from lmc.priors import DiffusersPrior
 from lmc.priors.small import TextDenoiser, sample, scheduler
-from lmc.shards.images import ImageStream, write_shard
+from lmc.shards.images import ImageStream, to_uint8, write_shard
 from lmc.training.labelled import check_labels
 from lmc.training.prior import PriorTraining
 from lmc.training.start import train
@@ -77,6 +78,28 @@ def test_what_is_trained_is_a_prior_like_any_other(data, tmp_path):
     assert list((tmp_path / "validation").glob("samples_*.png"))
     logged = cli.trainer.callback_metrics
     assert 0 < logged["heldout/loss"] < 10
+
+
+def test_samples_are_judged(data, tmp_path, monkeypatch):
+    """By a classifier that takes what is bright for a dog, and the distance of its features."""
+    (tmp_path / "sample_judge.py").write_text(worlds.JUDGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = "--model.samples.classifier=sample_judge:load"
+    cli = fit(*arguments(data, tmp_path / "run", chosen))
+    logged = cli.trainer.callback_metrics
+    drawn = to_uint8(cli.model.draw())
+    bright = drawn.float().mean((1, 2, 3)) > 127
+    assert logged["heldout/classified"].item() == pytest.approx(bright[2:].sum().item() / 4)
+    heldout = ImageStream(f"{data}/heldout-*.tar", 10, 10, training=False)
+    (batch,) = heldout
+    real = to_uint8(batch.image[:, :, 1:9, 1:9]).flatten(1) / 255
+    expected = []
+    for i, name in enumerate(("cat", "dog")):
+        own = real[[label == name for label in batch.label]]
+        expected.append(cmmd(drawn[2 * i : 2 * i + 2].flatten(1) / 255, own))
+    wanted = sum(expected) / 2
+    assert logged["heldout/classifier_cmmd"].item() == pytest.approx(wanted, rel=1e-4)
+    assert "heldout/recognised" not in logged
 
 
 def _time_of(prior, bar: torch.Tensor) -> float:
@@ -212,6 +235,7 @@ def test_samples_are_diffusers_own(tmp_path):
         (["--model.prompt=a photo"], "model.prompt must be a text with {} in it"),
         (["--model.hours=-1"], "model.hours must be above 0, or null"),
         (["--model.samples.clip=/no/such/clip"], "model.samples.clip /no/such/clip: no such"),
+        (["--model.samples.classifier=no_such:load"], "model.samples: --classifier no_such:load"),
         (["--data.balance=2"], "data.balance must be in [0, 1], got 2"),
         (["--model.width=8"], "has no 'width'; did you mean 'widths'?"),
     ],
