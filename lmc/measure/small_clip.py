@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from lmc.errors import require
 from lmc.files import whole_folder
+from lmc.perturbations import blur
 
 TEXT_LENGTH = 32
 GREATEST_SCALE = 100.0  # of the cosines, CLIP's own bound
@@ -167,7 +168,7 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """
     many = (len(x), 1, 1, 1)
     x = _recoloured(_moved(x, generator), generator)
-    x = _blurred(x, 1.5 * _rand(x, (len(x),), generator))
+    x = blur(x, 1.5 / x.shape[-1] * _rand(x, (len(x),), generator), generator)  # of 1.5 pixels
     x = torch.where(_rand(x, many, generator) < 0.4, halved(x), x)
     amount = 0.2 * _rand(x, many, generator) ** 2
     eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -199,17 +200,6 @@ def _recoloured(x: Tensor, generator: torch.Generator) -> Tensor:
     x = torch.lerp(grey, x, 0.9 + 0.6 * u[0])
     tint = 0.12 * u[1:4, :, 0, 0, 0].T[..., None, None]
     return x * (1 + 0.3 * u[4]) + 0.2 * u[5] + tint
-
-
-def _blurred(x: Tensor, sigma: Tensor) -> Tensor:
-    """Each by a Gaussian of its own width in pixels."""
-    taps = torch.arange(-4, 5.0, device=x.device)
-    kernel = torch.exp(-0.5 * (taps / sigma.clamp(min=0.05)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]
-    b, c, h, w = x.shape
-    x = F.pad(x, (4, 4, 4, 4), mode="reflect").view(1, b * c, h + 8, w + 8)
-    x = F.conv2d(F.conv2d(x, kernel, groups=b * c), kernel.mT, groups=b * c)
-    return x.view(b, c, h, w)
 
 
 def _rand(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
