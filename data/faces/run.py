@@ -1,0 +1,90 @@
+"""The whole way on photographs of animals' heads, in one command, from folders to a report.
+
+    python data/faces/run.py --photographs faces --cats afhq
+
+Makes the shards, trains a prior, a CLIP and the corrector, then a translator with each loss and
+seed, and measures them on the held-out cats, by a classifier of ImageNet's too (`lmc[judge]`),
+beside real pictures, the prior's own samples and DreamSampler's edits. runs/faces/report.html is
+the page to look at. Every step goes on where it was stopped, and what is done is not done again.
+
+FACES holds a folder of photographs each for bear, dog, lion, squirrel, tiger, fox and wolf; CATS is
+AFHQ's folder. Both may be photographs of your own: the heads in the middle, of one size.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from marks import CLASSES, FACES
+
+ROOT = Path(__file__).parents[2]
+LOSSES = "lmc,sds,sds:guidance_scale=100,dds,nfsd:negative_prompt='',vsd"
+LICENCE = "AFHQ: CC BY-NC 4.0; others as where they are from says, for research only"
+SIDE, MARGIN = 32, 2  # of the prior's pictures, and what they are cropped by at random
+
+
+def call(*command: str | Path) -> None:
+    """Run a Python script of this repository, showing what it prints."""
+    subprocess.run([sys.executable, *map(str, command)], check=True)
+
+
+def lmc(*command: str | Path) -> None:
+    """Run an `lmc` command."""
+    call("-m", "lmc.cli", *command)
+
+
+def shards(photographs: Path, cats: Path) -> None:
+    """All classes at the prior's size and a little above it, and the cats alone."""
+    folders = [photographs / name for name in CLASSES]
+    of_cats = sorted(path for path in (cats, *cats.rglob("cat")) if path.name == "cat")
+    if not of_cats:
+        sys.exit(f"{cats} has no folder named cat: --cats is AFHQ's, as its archive has it")
+    for size in (SIDE, SIDE + MARGIN):
+        call(
+            *("data/openimages/prepare.py", *folders, *of_cats, "--folder_labels"),
+            *("--size", str(size), "--out", FACES / "data" / str(size), "--licence", LICENCE),
+        )
+    call("data/afhq/prepare.py", cats, "--size", str(SIDE), "--out", FACES / "data/cats")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--photographs", type=Path, required=True, help="a folder for each class")
+    parser.add_argument("--cats", type=Path, required=True, help="AFHQ's folder")
+    parser.add_argument("--losses", default=LOSSES, help="of the translators (%(default)s)")
+    parser.add_argument("--seeds", default="0,1,2", help="of each (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="translators trained at once (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of every training, for a quick look")
+    args = parser.parse_args()
+    photographs, cats = args.photographs.absolute(), args.cats.absolute()
+    os.chdir(ROOT)
+    shards(photographs, cats)
+    steps = [f"--trainer.max_steps={args.steps}"] if args.steps else []
+    call("data/prior/train.py", "fit", "--config", "configs/prior/faces.yaml", *steps)
+    call("data/clip/train.py", "fit", "--config", "configs/clip/faces.yaml", *steps)
+    call("train_bias.py", "fit", "--config", "configs/bias/faces.yaml", *steps)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    lmc("release", FACES / "bias", "--out", FACES / "release/corrector")
+    measured = ("--clip", FACES / "clip/clip", "--classifier", "data.faces.judge:load")
+    measured += ("--real", f"{FACES}/data/32/heldout-*.tar")
+    compared = FACES / "compare"
+    lmc(
+        *("compare", "configs/translator/faces.yaml", "--losses", args.losses),
+        *("--seeds", args.seeds, "--jobs", str(args.jobs), "--out", compared, *measured),
+        *("--", *steps),
+    )
+    call("data/faces/marks.py", "--out", FACES / "marks")
+    lmc(
+        *("evaluate", "--images", *sorted((FACES / "marks").iterdir()), "--offline"),
+        *("--classes", *CLASSES, "--shards", f"{FACES}/data/cats/heldout-*.tar"),
+        *(*measured, "--out", FACES / "marks.json"),
+    )
+    lmc("report", compared, FACES / "marks.json", "--out", FACES / "report.html")
+
+
+if __name__ == "__main__":
+    main()
