@@ -112,13 +112,12 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     source, looked = found["source_rmse"], found["looks"]
-    every = [row for rows in looked.values() for row in rows.values()]
-    steps = sorted({step for row in every for step in row["steps"]})
-    guidance = sorted({float(w) for rows in looked.values() for w in rows})
     figure = Figure(figsize=(11, 2.2 * len(CORRECTORS)), layout="constrained")
-    panels = figure.subplots(len(CORRECTORS), 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(CORRECTORS), 1, squeeze=False)[:, 0]
     image = None
     for axes, name in zip(panels, CORRECTORS, strict=True):
+        guidance = sorted(map(float, looked[name]))
+        steps = sorted({step for row in looked[name].values() for step in row["steps"]})
         values = [[float("nan")] * len(steps) for _ in guidance]
         for scale, row in looked[name].items():
             y = guidance.index(float(scale))
@@ -132,9 +131,9 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
             values, origin="lower", aspect="auto", cmap="RdYlGn_r", vmin=0.5, vmax=1.5
         )
         axes.set_yticks(range(len(guidance)), [f"{scale:g}" for scale in guidance])
+        axes.set_xticks(range(len(steps)), [f"{step:,}" for step in steps], fontsize=7)
         verdict = "holds" if found["correctors"][name]["holds"] else "runs away"
         axes.set(ylabel="ω", title=f"{name}: its stability test says that it {verdict}")
-    panels[-1].set_xticks(range(len(steps)), [f"{step:,}" for step in steps], fontsize=7)
     panels[-1].set_xlabel("steps")
     label = "RMSE to the true counterpart, over the untouched cat's"
     figure.colorbar(image, ax=list(panels), label=label)
