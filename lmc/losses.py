@@ -48,6 +48,7 @@ class LossInputs:
             (`ScoreDistillation.needs_source`).
         negative: of `ScoreDistillation.negative_prompt`, B rows, for losses that have one.
         eps_fixed: as eps, but the same over the whole optimisation, for losses with `fixed_noise`.
+        t_host: t as the host knows it, B numbers, where it does; see `times`.
     """
 
     z: Tensor
@@ -59,6 +60,11 @@ class LossInputs:
     source: Embedding | None = None
     negative: Embedding | None = None
     eps_fixed: Tensor | None = None
+    t_host: Sequence[float] | None = None
+
+    def times(self) -> Sequence[float]:
+        """t for what depends on its value; without `t_host` the host waits for the device."""
+        return self.t.tolist() if self.t_host is None else self.t_host
 
 
 @dataclass(frozen=True)
@@ -368,17 +374,20 @@ class NFSD(ScoreDistillation):
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         assert x.negative is not None
         z_t, scale = _noisy(prior, x.z, x), self.guidance_scale
-        late = (x.t >= 0.2).nonzero().flatten()
+        late = [i for i, time in enumerate(x.times()) if time >= 0.2]
         # One call: the target's and, unless ω = 1 cancels it, the null prompt's of all samples,
         # the negative prompt's of the late ones.
         prompts = [x.target] if scale == 1 else [x.target, x.null]
         count, branches = len(z_t), len(prompts)
+        # Row by row: to index by a list would copy it to the device, and wait.
         eps, _ = prior.predict(
-            torch.cat([*[z_t] * branches, z_t[late]]),
-            torch.cat([*[x.t] * branches, x.t[late]]),
-            Embedding.cat([*prompts, x.negative[late]]),
+            torch.cat([*[z_t] * branches, *(z_t[i : i + 1] for i in late)]),
+            torch.cat([*[x.t] * branches, *(x.t[i : i + 1] for i in late)]),
+            Embedding.cat([*prompts, *(x.negative.row(i) for i in late)]),
         )
-        negative = torch.zeros_like(z_t).index_copy(0, late, eps[branches * count :])
+        negative = torch.zeros_like(z_t)
+        for number, i in enumerate(late, branches * count):
+            negative[i] = eps[number]
         eps_cond = eps[:count]
         if scale == 1:
             return {"guided": eps_cond - negative}
@@ -460,7 +469,8 @@ class PDS(ScoreDistillation):
         of_z_hat = bar_s.sqrt() * beta / (1 - bar_t)
         of_z_t = (1 - beta).sqrt() * (1 - bar_s) / (1 - bar_t)
         post = ((1 - bar_s) / (1 - bar_t) * beta).sqrt()
-        if not post.all():
+        # There the image below is clean, and the posterior has no width.
+        if min(x.times()) * len(grid) < 0.5001:
             raise ValueError(
                 "the loss 'pds' is not defined at the first index of the grid: raise t"
             )
@@ -519,14 +529,14 @@ class VSD(ScoreDistillation):
         """Give the prior's denoiser its LoRA, the same in all processes."""
         super().prepare(prior, device)
         assert isinstance(prior, LoraPrior)
+        self.prior = prior  # to ask at every step whether it is one would read its weights
         prior.to(device)
         self.lora = prior.add_lora(self.lora_rank)
         self.optimizer = torch.optim.AdamW(self.lora.values(), lr=self.lora_lr)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        assert isinstance(prior, LoraPrior)
         z_t, scale = _noisy(prior, x.z, x), self.guidance_scale
-        eps_lora, _ = prior.predict_lora(z_t, x.t, x.target)
+        eps_lora, _ = self.prior.predict_lora(z_t, x.t, x.target)
         if scale == 1:
             ((eps_cond, _),) = _predict(prior, x.t, (z_t, x.target))
             return {"guided": eps_cond - eps_lora}
@@ -535,9 +545,8 @@ class VSD(ScoreDistillation):
 
     def learn(self, prior: Prior, x: LossInputs) -> None:
         """A step on ‖eps_LoRA(z_t, y, t) − eps‖², mean over pixels, batch and processes."""
-        assert isinstance(prior, LoraPrior)
         with torch.enable_grad():
-            eps_lora, _ = prior.predict_lora(_noisy(prior, x.z, x), x.t, x.target)
+            eps_lora, _ = self.prior.predict_lora(_noisy(prior, x.z, x), x.t, x.target)
             loss = (eps_lora - x.eps).square().mean()
             gradients = torch.autograd.grad(loss, list(self.lora.values()))
         for weight, gradient in zip(self.lora.values(), gradients, strict=True):
@@ -619,10 +628,11 @@ class SDI(ScoreDistillation):
         return round(steps * _branches(inversion_guidance_scale) + _branches(guidance_scale))
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        if not torch.equal(x.t, x.t[:1].expand_as(x.t)):
-            raise ValueError(f"the loss 'sdi' needs one t for the whole batch, got {x.t.tolist()}")
+        times = x.times()
+        if any(time != times[0] for time in times):
+            raise ValueError(f"the loss 'sdi' needs one t for the whole batch, got {list(times)}")
         # The tolerance is for t = 0.7 in float32, which is a little less.
-        steps = max(1, int(self.inversion_steps * x.t[0].item() + 1e-4))
+        steps = max(1, int(self.inversion_steps * times[0] + 1e-4))
         shares = [i / steps for i in range(steps + 1)]
         z_t = _ddim(prior, x.z, shares, x, self.inversion_guidance_scale)
         alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)

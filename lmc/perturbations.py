@@ -221,7 +221,11 @@ class Restoring:
         Returns:
             As z; z itself where the kind is none.
         """
-        weights = torch.tensor(astuple(self.weights), dtype=torch.float32, device=z.device)
+        # Made on the device: to copy them there would wait for it.
+        each_weight = (
+            torch.full((1,), weight, device=z.device) for weight in astuple(self.weights)
+        )
+        weights = torch.cat([*each_weight])
         kinds = torch.multinomial(weights, len(z), replacement=True, generator=generator)
         share = _rand(z, generator)
         perturbed = z

@@ -77,7 +77,8 @@ def inputs(prior: GaussianPrior, seed: int = 0, shared: bool = False) -> LossInp
 
 def take(x: LossInputs, rows: list[int]) -> LossInputs:
     index = torch.tensor(rows)
-    return LossInputs(*(field[index] for field in vars(x).values()))
+    fields = {name: field for name, field in vars(x).items() if field is not None}
+    return LossInputs(**{name: field[index] for name, field in fields.items()})
 
 
 def make(name, prior, statistics="image", **options) -> ScoreDistillation:

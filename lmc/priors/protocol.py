@@ -23,6 +23,10 @@ class Embedding:
         """The rows `index` (int64 (B,)), for a batch that names its prompts by number."""
         return Embedding({name: value[index] for name, value in self.tensors.items()})
 
+    def row(self, i: int) -> "Embedding":
+        """Row `i` alone, by no index on the device."""
+        return Embedding({name: value[i : i + 1] for name, value in self.tensors.items()})
+
     def to(self, device: torch.device | str) -> "Embedding":
         """The same on `device`."""
         return Embedding({name: value.to(device) for name, value in self.tensors.items()})

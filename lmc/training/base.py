@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from lmc.errors import require
 from lmc.files import whole
@@ -189,10 +189,23 @@ class TrainingModule(LightningModule):
         """Step, then move the running average."""
         super().optimizer_step(*args, **kwargs)
         # Starts as a short average, so that a short run does not remember its first weights.
-        steps = self.trainer.global_step
+        steps = self.trainer.global_step  # before this one, by Lightning's count
         decay = min(self.ema_decay, (1 + steps) / (10 + steps))
-        self.ema.multi_avg_fn = get_ema_multi_avg_fn(decay if self.ema_decay else 0.0)
-        self.ema.update_parameters(self.network)
+        self.move_average(decay if self.ema_decay and steps else 0.0)
+
+    @torch.no_grad()
+    def move_average(self, decay: float) -> None:
+        """average ← decay · average + (1 − decay) · network; buffers are the network's.
+
+        As `AveragedModel.update_parameters`, which asks the device for how many it has averaged.
+        """
+        averaged = self.averaged
+        torch._foreach_lerp_(
+            list(averaged.parameters()), list(self.network.parameters()), 1 - decay
+        )
+        for mean, value in zip(averaged.buffers(), self.network.buffers(), strict=True):
+            mean.copy_(value)
+        self.ema.n_averaged += 1
 
     def watch(self, gradient: Tensor, t: Tensor, keys: list[str], what: str) -> None:
         """Note whether `gradient` (B, …) is finite; looked at every `check_every` steps.
@@ -325,20 +338,28 @@ class TrainingModule(LightningModule):
 
         Of the last batch of each `trainer.log_every_n_steps`-th step: a look waits for the device.
         """
+        if self.logs_now():
+            bins = time_bin(t, TIME_BINS)
+            means = {i: values[bins == i].mean().item() for i in bins.unique().tolist()}
+            self.log_now({f"{name}/t{i / TIME_BINS:.1f}": mean for i, mean in means.items()})
+
+    def logs_now(self) -> bool:
+        """Whether this is the last batch of a step that is logged, and this process logs."""
         trainer: Any = self.trainer
         every, batches = trainer.log_every_n_steps, trainer.accumulate_grad_batches
         if not trainer.is_global_zero or every == 0 or self.batches_done % batches:
-            return
-        # Not by way of `log`: Lightning counts the steps to write by itself, and one too many after
-        # it went on with a run that was at its end. What it does not write would be lost.
-        if (self.global_step + 1) % every == 0:
-            bins = time_bin(t, TIME_BINS)
-            means = {i: values[bins == i].mean().item() for i in bins.unique().tolist()}
-            for logger in self.loggers:
-                logger.log_metrics(
-                    {f"{name}/t{i / TIME_BINS:.1f}": mean for i, mean in means.items()},
-                    self.global_step,
-                )
+            return False
+        return (self.global_step + 1) % every == 0
+
+    def log_now(self, numbers: Mapping[str, float]) -> None:
+        """Log what the host knows, where `logs_now`.
+
+        Not by way of `log`: it copies a number to the device at every step; and Lightning counts
+        the steps to write by itself, and one too many after it went on with a run that was at its
+        end. What it does not write would be lost.
+        """
+        for logger in self.loggers:
+            logger.log_metrics(dict(numbers), self.global_step)
 
 
 def leads() -> bool:
@@ -347,6 +368,13 @@ def leads() -> bool:
     It does where no launcher says that it is a later one; a launcher ends all when one fails.
     """
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device, without waiting for what that is doing."""
+    if device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmc.errors import require
 from lmc.shards.stream import is_remote
-from lmc.training.base import TrainingModule, leads
+from lmc.training.base import TrainingModule, leads, to_device
 
 ASKED = 20  # steps between two looks at the clock, for which all processes wait for one another
 FEW = 50  # images of a class, of fewer of which it is said that they are learnt by heart
@@ -167,7 +167,7 @@ class LabelledTraining(TrainingModule):
             numbers = [self.classes.index(label) for label in labels]
         except ValueError as error:
             raise ValueError(f"data: a label that model.classes has not: {error}") from error
-        return torch.tensor(numbers, device=self.device)
+        return to_device(torch.tensor(numbers), self.device)
 
 
 def check_labels(labels: Counter[str], classes: Sequence[str]) -> list[str]:

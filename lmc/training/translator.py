@@ -19,7 +19,7 @@ from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
-from lmc.training.base import StepDecay, TrainingModule, leads, show
+from lmc.training.base import StepDecay, TrainingModule, leads, show, to_device
 from lmc.training.resume import covers
 from lmc.training.validation import Heldout, Validation, load_tools, load_truth
 from lmc.translator import Translator
@@ -27,6 +27,7 @@ from lmc.unet import Norm
 
 CORRECTOR = "model.loss.init_args.corrector"  # the key of the configuration that names it
 WINDOWS = 0x9E3779B9  # sets their random stream apart from the step's own
+TIMES = 0x7F4A7C15  # likewise
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,12 @@ class TranslatorTraining(TrainingModule):
         output = self.network(image, class_id).float()
         windows = self.windows(len(batch.image), repeats, generator)
         z = self.view(output, windows)
-        t, eps = self.draw(z.detach()[::repeats], generator, repeats)
+        # t is drawn on the host, which then knows it: nothing waits for the device. On a CPU it is
+        # one stream with the rest.
+        host = generator
+        if generator.device.type != "cpu":
+            host = torch.Generator().manual_seed(generator.initial_seed() ^ TIMES)
+        t, eps, t_host = self.draw(z.detach()[::repeats], generator, host, repeats)
         z_source = None
         if self.loss.needs_source:
             with torch.no_grad():
@@ -321,13 +327,15 @@ class TranslatorTraining(TrainingModule):
             source=self.embedding[1 + zeros],
             negative=self.embedding[-1 + zeros],  # of no meaning to a loss without one
             eps_fixed=self.fixed_noise(z) if self.loss.fixed_noise else None,
+            t_host=t_host,
         )
         # In float32, the corrector too: b(z, t) - z_hat is a small difference.
         with torch.autocast(z.device.type, enabled=False):
             gradient = self.loss(self.prior, inputs)
             if self.loss.learns:
-                t_again, eps_again = self.draw(z.detach()[::repeats], generator, repeats)
-                self.loss.learn(self.prior, replace(inputs, t=t_again, eps=eps_again))
+                again = self.draw(z.detach()[::repeats], generator, host, repeats)
+                drawn = dict(zip(("t", "eps", "t_host"), again, strict=True))
+                self.loss.learn(self.prior, replace(inputs, **drawn))
         self.watch(gradient.total, t, keys, self.loss.name)
         score = surrogate(z, gradient.total).sum() / z.numel()
         l2 = l2_to(image, output, self.l2_size)
@@ -336,8 +344,9 @@ class TranslatorTraining(TrainingModule):
         if self.l2_rescale:
             l2_weight /= self.loss.guidance_scale
         self.log("train/l2", l2)
-        self.log("train/score_weight", score_weight)
-        self.log("train/l2_weight", l2_weight)
+        if self.logs_now():
+            weights = {"train/score_weight": score_weight, "train/l2_weight": l2_weight}
+            self.log_now(weights)
         rms = gradient.total.square().mean((1, 2, 3)).sqrt()
         # The surrogate's value means nothing: what falls, or does not, is the gradient's size.
         self.log("train/loss", rms.mean())
@@ -362,12 +371,19 @@ class TranslatorTraining(TrainingModule):
             return self.prior.encode(resize(image, size)).float()
         return self.prior.encode(crop(image, range(len(image)), windows, size)).float()
 
-    def draw(self, z: Tensor, generator: torch.Generator, repeats: int) -> tuple[Tensor, Tensor]:
-        """t and eps for each of z (B, C, H, W), each `repeats` times: (B repeats, …)."""
+    def draw(
+        self, z: Tensor, generator: torch.Generator, host: torch.Generator, repeats: int
+    ) -> tuple[Tensor, Tensor, list[float]]:
+        """t, eps and t on the host for each of z (B, C, H, W), each `repeats` times.
+
+        Args:
+            generator: of eps, on the device of z.
+            host: of t, on the CPU.
+        """
         progress = self.global_step / max(1, self.trainer.max_steps)
-        t = self.time.draw(len(z), progress, generator, z.dtype)
+        t = self.time.draw(len(z), progress, host, z.dtype).repeat_interleave(repeats, 0)
         eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-        return t.repeat_interleave(repeats, 0), eps.repeat_interleave(repeats, 0)
+        return to_device(t, z.device), eps.repeat_interleave(repeats, 0), t.tolist()
 
     def fixed_noise(self, z: Tensor) -> Tensor:
         """One noise for all images, steps and processes, as z; follows from the seed alone."""
