@@ -49,6 +49,8 @@ class LossInputs:
         negative: of `ScoreDistillation.negative_prompt`, B rows, for losses that have one.
         eps_fixed: as eps, but the same over the whole optimisation, for losses with `fixed_noise`.
         t_host: t as the host knows it, B numbers, where it does; see `times`.
+        repeats: of how many rows each is of one image, to several targets: t, eps, z_source and
+            source are the same in every group of so many, and the source is predicted once.
     """
 
     z: Tensor
@@ -61,6 +63,7 @@ class LossInputs:
     negative: Embedding | None = None
     eps_fixed: Tensor | None = None
     t_host: Sequence[float] | None = None
+    repeats: int = 1
 
     def times(self) -> Sequence[float]:
         """t for what depends on its value; without `t_host` the host waits for the device."""
@@ -170,6 +173,14 @@ class ScoreDistillation(ABC):
         the defaults) and not of a loss that is built, since building may load a corrector.
         """
         return None
+
+    @staticmethod
+    def source_evaluations(*_: Any, **options: Any) -> int:
+        """Of `evaluations`, those of the source alone, which an image needs once for all targets.
+
+        See `LossInputs.repeats`.
+        """
+        return 0
 
     @abstractmethod
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
@@ -334,6 +345,7 @@ class DDS(ScoreDistillation):
     name = "dds"
     needs_source = True
     evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))
+    source_evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale))
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         target, source = _guided_pair(prior, x, self.guidance_scale)
@@ -383,7 +395,7 @@ class NFSD(ScoreDistillation):
         eps, _ = prior.predict(
             torch.cat([*[z_t] * branches, *(z_t[i : i + 1] for i in late)]),
             torch.cat([*[x.t] * branches, *(x.t[i : i + 1] for i in late)]),
-            Embedding.cat([*prompts, *(x.negative.row(i) for i in late)]),
+            Embedding.cat([*prompts, *(x.negative.rows(slice(i, i + 1)) for i in late)]),
         )
         negative = torch.zeros_like(z_t)
         for number, i in enumerate(late, branches * count):
@@ -443,6 +455,7 @@ class PDS(ScoreDistillation):
     needs_source = True
     needs_prior = "a variance-preserving (DDPM) prior"
     evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))
+    source_evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale))
 
     def check(self, prior: Prior) -> None:
         """Refuse a flow prior.
@@ -549,11 +562,13 @@ class VSD(ScoreDistillation):
             eps_lora, _ = self.prior.predict_lora(_noisy(prior, x.z, x), x.t, x.target)
             loss = (eps_lora - x.eps).square().mean()
             gradients = torch.autograd.grad(loss, list(self.lora.values()))
-        for weight, gradient in zip(self.lora.values(), gradients, strict=True):
-            if torch.distributed.is_initialized():
-                torch.distributed.all_reduce(gradient)
-                gradient = gradient / torch.distributed.get_world_size()
-            weight.grad = gradient
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for weight, part in zip(self.lora.values(), parts, strict=True):
+            weight.grad = part.view_as(weight)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -657,12 +672,17 @@ def _predict(
     prior: Prior, t: Tensor, *queries: tuple[Tensor, Embedding]
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """(eps, z_hat) for each of several (z_t, embedding) at the same t: one batched call."""
-    eps, z_hat = prior.predict(
-        torch.cat([z_t for z_t, _ in queries]),
-        t.repeat(len(queries)),
-        Embedding.cat([embedding for _, embedding in queries]),
-    )
-    return list(zip(eps.chunk(len(queries)), z_hat.chunk(len(queries)), strict=True))
+    return _predict_each(prior, [(z_t, t, embedding) for z_t, embedding in queries])
+
+
+def _predict_each(
+    prior: Prior, queries: Sequence[tuple[Tensor, Tensor, Embedding]]
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """(eps, z_hat) for each of several (z_t, t, embedding), of any lengths: one batched call."""
+    z_t, t, embeddings = zip(*queries, strict=True)
+    predicted = prior.predict(torch.cat(z_t), torch.cat(t), Embedding.cat(embeddings))
+    lengths = [len(each) for each in t]
+    return list(zip(*(each.split(lengths) for each in predicted), strict=True))
 
 
 def _branches(guidance_scale: float | None) -> int:
@@ -684,8 +704,18 @@ def _guided(
 def _guided_pair(prior: Prior, x: LossInputs, scale: float) -> list[Tensor]:
     """eps_guided of the image with its prompt and of the source with its own, in one call."""
     assert x.z_source is not None and x.source is not None
-    queries = (_noisy(prior, x.z, x), x.target), (_noisy(prior, x.z_source, x), x.source)
-    return _guided(prior, x.t, x.null, scale, *queries)
+    once = slice(None, None, x.repeats)
+    of_source = (_noisy(prior, x.z_source, x)[once], x.t[once])
+    branches = [(*of_source, x.source.rows(once)), (_noisy(prior, x.z, x), x.t, x.target)]
+    if scale != 1:
+        nulls = (x.null.rows(once), x.null)
+        branches += [(z_t, t, null) for (z_t, t, _), null in zip(branches, nulls, strict=True)]
+    source, target, *unguided = (eps for eps, _ in _predict_each(prior, branches))
+    if scale != 1:
+        source, target = (
+            guide(u, c, scale) for u, c in zip(unguided, (source, target), strict=True)
+        )
+    return [target, source.repeat_interleave(x.repeats, 0)]
 
 
 def _ddim(

@@ -119,10 +119,18 @@ def denoiser_evaluations(
     says = (kind for kind in loss.__mro__ if {"terms", "evaluations"} & vars(kind).keys())
     if "evaluations" not in vars(next(says, object)):
         return None, loss.name
-    its = {key: options.get(key, default) for key, default in defaults(loss).items()}
-    each = loss.evaluations(**its)
+    each = loss.evaluations(**_with_defaults(loss, options))
     note = f", {loss.evaluations_note}" if each is not None and loss.evaluations_note else ""
     return each, loss.name + note
+
+
+def source_evaluations(loss: type[ScoreDistillation], options: Mapping[str, Any]) -> int:
+    """How many of the `denoiser_evaluations` are of the source; the arguments are the same."""
+    return loss.source_evaluations(**_with_defaults(loss, options))
+
+
+def _with_defaults(loss: type[ScoreDistillation], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: options.get(key, default) for key, default in defaults(loss).items()}
 
 
 def table_row(loss: type[ScoreDistillation]) -> list[str]:

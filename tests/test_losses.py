@@ -1,6 +1,7 @@
 """Gradients of every loss against closed forms over gaussian images, written out in numpy."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def inputs(prior: GaussianPrior, seed: int = 0, shared: bool = False) -> LossInp
 
 def take(x: LossInputs, rows: list[int]) -> LossInputs:
     index = torch.tensor(rows)
-    fields = {name: field for name, field in vars(x).items() if field is not None}
+    fields = {name: field for name, field in vars(x).items() if name not in ("t_host", "repeats")}
     return LossInputs(**{name: field[index] for name, field in fields.items()})
 
 
@@ -464,6 +465,25 @@ def test_sdi_refuses_a_time_for_each_sample(prior):
     assert isinstance(SDS().choose_time(None), UniformTime)
     for given in (FallingTime(), UniformTime(shared=True)):
         assert SDI().choose_time(given) is given and SDS().choose_time(given) is given
+
+
+@pytest.mark.parametrize("name", ["dds", "pds"])
+@pytest.mark.parametrize("scale", [1, 15])
+def test_a_source_is_predicted_once_for_all_targets(prior, name, scale):
+    """Two images to two targets each: the same gradient, with fewer evaluations."""
+    loss = make(name, prior, guidance_scale=scale)
+    x = inputs(prior)
+    pairs = {field: getattr(x, field)[torch.tensor([0, 0, 1, 1])] for field in ("t", "eps")}
+    pairs |= {"z_source": x.z_source[[0, 0, 1, 1]], "target": prior.embed(["cat", "dog"] * 2)}
+    apart = replace(x, **pairs)
+    before = prior.evaluations
+    expected = loss(prior, apart).total
+    between = prior.evaluations
+    found = loss(prior, replace(apart, repeats=2)).total
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    branches = 1 if scale == 1 else 2
+    assert between - before == 8 * branches
+    assert prior.evaluations - between == 6 * branches
 
 
 def test_pds_refuses_a_flow_prior_by_name(prior):

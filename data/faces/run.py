@@ -57,9 +57,7 @@ def main() -> None:
     parser.add_argument("--cats", type=Path, required=True, help="AFHQ's folder")
     parser.add_argument("--losses", default=LOSSES, help="of the translators (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="of each (%(default)s)")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="translators at once (%(default)s)"
-    )
+    parser.add_argument("--jobs", type=int, default=2, help="translators at once (%(default)s)")
     parser.add_argument("--steps", type=int, help="of every training, for a quick look")
     args = parser.parse_args()
     photographs, cats = args.photographs.absolute(), args.cats.absolute()

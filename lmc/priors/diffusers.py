@@ -16,7 +16,7 @@ from lmc.priors.families import (
     read_schedule,
 )
 from lmc.priors.identity import schedule_identity
-from lmc.priors.lora import add_lora, remove_lora, switch_lora
+from lmc.priors.lora import add_lora, lora_layers, remove_lora, switch_lora
 from lmc.priors.prompts import TextPrompts, class_ids
 from lmc.priors.protocol import Embedding
 from lmc.priors.weights import PipelineFolder
@@ -100,6 +100,7 @@ class DiffusersPrior:
         self._denoiser: torch.nn.Module | None = None
         self._vae: Any = None
         self._lora: dict[str, torch.nn.Parameter] = {}
+        self._lora_layers: list[Any] = []
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -254,6 +255,7 @@ class DiffusersPrior:
             self._lora = add_lora(denoiser, rank)
         except ValueError as error:
             raise ValueError(f"{self.pretrained}: no LoRA fits the denoiser: {error}") from error
+        self._lora_layers = lora_layers(denoiser)
         return self._lora
 
     def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
@@ -262,14 +264,13 @@ class DiffusersPrior:
         Raises:
             RuntimeError: `to` or `add_lora` was not called.
         """
-        denoiser = self._loaded(self._denoiser)
         if not self._lora:
             raise RuntimeError("call prior.add_lora(rank) before predict_lora")
-        switch_lora(denoiser, self._lora, True)
+        switch_lora(self._lora_layers, self._lora, True)
         try:
             return self._predict(z_t, t, embedding)
         finally:
-            switch_lora(denoiser, self._lora, False)
+            switch_lora(self._lora_layers, self._lora, False)
 
     def _predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
         denoiser = self._loaded(self._denoiser)

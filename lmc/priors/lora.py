@@ -1,5 +1,8 @@
 """A LoRA beside a denoiser's frozen weights, by peft's public means."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 
@@ -27,7 +30,7 @@ def add_lora(denoiser: torch.nn.Module, rank: int) -> dict[str, torch.nn.Paramet
             start = torch.empty(weight.shape)
             torch.nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
             weight.data.copy_(start)
-    switch_lora(denoiser, lora, False)
+    switch_lora(lora_layers(denoiser), lora, False)
     return lora
 
 
@@ -41,12 +44,16 @@ def remove_lora(denoiser: torch.nn.Module) -> None:
     del denoiser.peft_config
 
 
-def switch_lora(denoiser: torch.nn.Module, lora: dict[str, torch.nn.Parameter], on: bool) -> None:
-    """Let the denoiser use its LoRA, or not."""
+def lora_layers(denoiser: torch.nn.Module) -> list[Any]:
+    """The layers that a LoRA is beside."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for module in denoiser.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(on)
+    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def switch_lora(layers: Sequence[Any], lora: dict[str, torch.nn.Parameter], on: bool) -> None:
+    """Let the denoiser's `lora_layers` use its LoRA, or not."""
+    for layer in layers:
+        layer.enable_adapters(on)
     for weight in lora.values():
         weight.requires_grad_(True)  # which switching off has ended

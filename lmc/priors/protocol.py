@@ -23,9 +23,9 @@ class Embedding:
         """The rows `index` (int64 (B,)), for a batch that names its prompts by number."""
         return Embedding({name: value[index] for name, value in self.tensors.items()})
 
-    def row(self, i: int) -> "Embedding":
-        """Row `i` alone, by no index on the device."""
-        return Embedding({name: value[i : i + 1] for name, value in self.tensors.items()})
+    def rows(self, which: slice) -> "Embedding":
+        """Some of the rows, by no index on the device."""
+        return Embedding({name: value[which] for name, value in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> "Embedding":
         """The same on `device`."""

@@ -16,7 +16,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from lmc.priors import Embedding, Prior, check_identity, say_unchecked
 from lmc.schedule import TIME_RANGE, UniformTime, add_noise
-from lmc.shards.images import ImageBatch, decode_image, resize
+from lmc.shards.images import ImageBatch, as_floats, decode_pixels, resize
 from lmc.shards.stream import BrokenSample, ShardStream, about_of, where_of
 
 RECORD = "triplets.json"  # beside the shards: what they were made with
 
 
-@dataclass  # not frozen: Lightning moves the tensors of a TripletBatch in place of it
+@dataclass
 class Triplets:
     """A batch of triplets.
 
@@ -48,18 +48,40 @@ class Triplets:
     t: Tensor
 
 
-@dataclass
-class TripletBatch(Triplets):
+@dataclass  # not frozen: Lightning moves its tensors in place of it
+class TripletBatch:
     """Triplets read from shards.
 
     Attributes:
+        stored_z: z as it is stored, uint8 pixels or float16 latents, a half or less of what floats
+            would take on their way to the device.
+        stored_z_hat: float16.
+        t: as of `Triplets`.
         key: the keys of their images; a batch may hold an image at several times.
         position, skipped: as of `lmc.shards.images.ImageBatch`.
     """
 
+    stored_z: Tensor
+    stored_z_hat: Tensor
+    t: Tensor
     key: list[str]
     position: tuple[int, int, int] = (0, 0, 0)
     skipped: tuple[str, ...] = ()
+
+    @property
+    def z(self) -> Tensor:
+        """See `Triplets`."""
+        return as_floats(self.stored_z).float()
+
+    @property
+    def z_hat(self) -> Tensor:
+        """See `Triplets`."""
+        return self.stored_z_hat.float()
+
+    def pin_memory(self) -> "TripletBatch":
+        """The same in memory that a GPU can read by itself; for `DataLoader`."""
+        names = ("stored_z", "stored_z_hat", "t")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 def draw_t_and_eps(
@@ -258,14 +280,18 @@ class TripletStream(ShardStream):
                     )
 
     def samples(self, urls: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """Each raw sample once for every time, with its number as 'repetition'."""
+        """Each raw sample once for every time, with its number as 'repetition'.
+
+        They share 'decoded', where `_decode` leaves z for the next of them.
+        """
         for sample in super().samples(urls, limit):
             try:
                 times = len(_about(sample)["t"])
             except BrokenSample:
                 times = 1  # once, for _decode to refuse it
+            decoded: list[Tensor] = []
             for repetition in range(times):
-                yield {**sample, "repetition": repetition}
+                yield {**sample, "repetition": repetition, "decoded": decoded}
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, Tensor, float, str]:
         about, where = _about(sample), where_of(sample)
@@ -276,11 +302,14 @@ class TripletStream(ShardStream):
             )
         repetition = sample["repetition"]
         try:
-            z_hat = _float32(read_npy(sample["z_hat.npy"])[repetition])
-            if "png" in sample:
-                z = decode_image(sample["png"])
-            else:
-                z = _float32(read_npy(sample["z.npy"]))
+            z_hat = _tensor(read_npy(sample["z_hat.npy"])[repetition])
+            decoded = sample["decoded"]
+            if not decoded:
+                stored = "png" in sample
+                decoded.append(
+                    decode_pixels(sample["png"]) if stored else _tensor(read_npy(sample["z.npy"]))
+                )
+            (z,) = decoded
         except (KeyError, IndexError, ValueError) as error:
             raise BrokenSample(f"{where}: {error!r}") from error
         if z.shape != z_hat.shape:
@@ -326,8 +355,8 @@ def read_npy(data: bytes) -> NDArray[np.float16]:
     return numbers.reshape(shape, order="F" if fortran else "C")
 
 
-def _float32(numbers: NDArray[np.float16]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32)
+def _tensor(numbers: NDArray[np.float16]) -> Tensor:
+    return torch.tensor(numbers)
 
 
 def _about(sample: dict[str, Any]) -> dict[str, Any]:

@@ -268,7 +268,7 @@ class CorrectorTraining(TrainingModule):
             generator: of t and eps; None is by the images' keys, see `heldout_triplets`.
         """
         if isinstance(batch, TripletBatch):
-            return batch
+            return Triplets(batch.z, batch.z_hat, batch.t)
         if generator is None:
             return heldout_triplets(self.prior, batch.image, batch.key, self.null, self.time_range)
         z = encoded(self.prior, batch.image)

@@ -124,7 +124,7 @@ class ImageData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """The held-out images the model looks at, each exactly once over all processes."""
-        return self._loader(self.stream(self.heldout, training=False))
+        return self._loader(self.stream(self.heldout, training=False), again=True)
 
     def on_after_batch_transfer(
         self, batch: ImageBatch | TripletBatch, dataloader_idx: int
@@ -181,10 +181,14 @@ class ImageData(LightningDataModule):
         size = model.image_size if self.image_size is None else self.image_size
         return ImageStream(shards, size, self.batch_size, training, balance=self.balance, **how)
 
-    def _loader(self, stream: ShardStream) -> DataLoader:
+    def _loader(self, stream: ShardStream, again: bool = False) -> DataLoader:
+        """Of a stream; `again`: that is gone through several times."""
+        device = self.trainer.strategy.root_device.type if self.trainer is not None else "cpu"
         return DataLoader(
             stream,
             batch_size=None,
             num_workers=self.num_workers,
             worker_init_fn=shield_worker,
+            pin_memory=device == "cuda",
+            persistent_workers=again and self.num_workers > 0,
         )

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import instantiate_class
 from safetensors import safe_open
 
 from lmc.shards.stream import expand_shards
-from lmc.specs import denoiser_evaluations
+from lmc.specs import denoiser_evaluations, source_evaluations
 from lmc.training.base import TrainingModule
 from lmc.training.validation import Validation
 
@@ -217,7 +217,9 @@ def per_image(model: Mapping[str, Any]) -> tuple[int | None, str]:
     each, what = denoiser_evaluations(loss, _options(model["loss"]))
     if each is not None and model.get("every_class"):
         classes = len(model["classes"])
-        return each * classes, f"{what}, each image to {classes} classes"
+        of_source = source_evaluations(loss, _options(model["loss"]))
+        each = (each - of_source) * classes + of_source
+        return each, f"{what}, each image to {classes} classes"
     return each, what
 
 

@@ -86,12 +86,15 @@ class LeaveOnSignal(Callback):
         self.save, self.environment = save, environment
         self.received, self.step, self.accumulating = 0, 0, False
         self.board: Board | None = None
+        self.hosts: Any = None  # the processes by way of their hosts; None is the default group
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, which gives them back when it tears down."""
         self.step = trainer.global_step
         self.received = int(trainer.received_sigterm)  # since Lightning took them
         self.board = Board.of_all(trainer)
+        if trainer.world_size > 1 and torch.distributed.get_backend() != "gloo":
+            self.hosts = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._note)
@@ -170,9 +173,9 @@ class LeaveOnSignal(Callback):
     def _of_any_process(self, trainer: Trainer) -> int:
         if trainer.world_size == 1:
             return self.received
-        # One number a step. It waits for the device, as a broadcast of Lightning's own does anyway.
-        received = torch.tensor(self.received, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        # One number a step, among the hosts: none waits for a device.
+        received = torch.tensor(self.received)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, self.hosts)
         return int(received)
 
 

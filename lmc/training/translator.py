@@ -328,6 +328,7 @@ class TranslatorTraining(TrainingModule):
             negative=self.embedding[-1 + zeros],  # of no meaning to a loss without one
             eps_fixed=self.fixed_noise(z) if self.loss.fixed_noise else None,
             t_host=t_host,
+            repeats=repeats,
         )
         # In float32, the corrector too: b(z, t) - z_hat is a small difference.
         with torch.autocast(z.device.type, enabled=False):

@@ -833,7 +833,7 @@ def test_results_that_cannot_be_compared_are_refused(tools):
     assert all(x in str(error.value) for x in (*digests, "one.json", "other.json"))
     # The same keys with other pixels are other images.
     batches = half_batches()
-    batches[0].image = -batches[0].image
+    batches[0].pixels = -batches[0].image
     changed = measure(tools, steps(1, 2), batches=batches)
     with pytest.raises(ValueError, match="different held-out images"):
         combine({"one": one, "changed": changed}, None)

@@ -607,7 +607,7 @@ def test_the_gradient_is_that_of_sampling_on_the_fly(stored, data, prior, monkey
     cached = next(iter(TripletStream(f"{stored}/train-*.tar", 8 * TIMES, training=False)))
     (on_the_fly,) = itertools.islice(ImageStream(f"{data}/train-*.tar", 16, 8, training=False), 1)
     repeated = [i for i in range(8) for _ in range(TIMES)]
-    on_the_fly.image, on_the_fly.key = on_the_fly.image[repeated], cached.key
+    on_the_fly.pixels, on_the_fly.key = on_the_fly.pixels[repeated], cached.key
     drawn = [draw_for(key, (3, 16, 16), what(data)) for key in cached.key[::TIMES]]
     t, eps = (torch.cat(part) for part in zip(*drawn, strict=True))
     monkeypatch.setattr(bias, "draw_t_and_eps", lambda *args: (t, eps))
