@@ -13,7 +13,7 @@ from typing import Any
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
+def whole(file: Path, precious: bool = True) -> Iterator[Path]:
     """A name to write under, in `file`'s folder, which is made; it becomes `file` at the end.
 
     The name is this writer's alone, so that of two that write the same file at once the later one
@@ -21,23 +21,31 @@ def whole(file: Path) -> Iterator[Path]:
     is on the disk before it becomes `file`, and is removed if anything goes wrong; one that a
     killed writer left is removed by the next who writes `file` on the same machine.
 
+    Args:
+        file: to write.
+        precious: false for one of many that are soon made again: it still is whole or not there,
+            but nothing waits for the disk, nor looks through the folder for what was left.
+
     Raises:
         OSError: there is no room or no right to write; `file` is as it was.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{file.name}.{platform.node()}-"
-    _remove_left(file.parent, mine)
+    if precious:
+        _remove_left(file.parent, mine)
     partial = file.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield partial
         if file.exists():
             shutil.copymode(file, partial)
-        _flush(partial)
+        if precious:
+            _flush(partial)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
-    with suppress(OSError):  # not every file system can do that to a folder
-        _flush(file.parent)
+    if precious:
+        with suppress(OSError):  # not every file system can do that to a folder
+            _flush(file.parent)
 
 
 @contextmanager
