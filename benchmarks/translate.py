@@ -3,8 +3,8 @@
     make demo
     python benchmarks/translate.py runs/demo/release/lmc
 
-Both translate the same drawn pictures, several times in turns; the floor reads each file, puts all of
-them through the network in the same batches, and writes each result, one after the other in one thread.
+Both translate the same pictures, several times in turns. The floor reads each file, puts them all
+through the network in the same batches, and writes each result, one after the other in one thread.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmc.priors.families import (
+    LatentSpace,
     read_classes,
     read_denoiser,
     read_family,
@@ -19,7 +20,7 @@ from lmc.priors.identity import schedule_identity
 from lmc.priors.lora import add_lora, lora_layers, remove_lora, switch_lora
 from lmc.priors.prompts import TextPrompts, class_ids
 from lmc.priors.protocol import Embedding
-from lmc.priors.weights import PipelineFolder
+from lmc.priors.weights import ModelFolder, PipelineFolder
 from lmc.schedule import to_eps_and_z_hat
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -59,6 +60,14 @@ class DiffusersPrior:
             says which is the null class.
         compile: torch.compile the denoiser: slow first steps, then faster ones.
         channels_last: memory format of the denoiser and the VAE.
+        vae: another VAE of the same latents in place of the pipeline's own, a folder or hub id of
+            an AutoencoderKL or AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.x
+            and 2.x: its encoder, of which stage two needs three passes an image, costs a small part
+            of the other's. What it keeps of a picture is less; a corrector is of one VAE.
+        vae_dtype: of the VAE, in place of what is said above.
+        vae_slicing: a picture at a time through the VAE, in less memory.
+        vae_checkpointing: of the VAE's activations keep only those between its blocks: what a
+            translator's gradient needs beyond is computed again on the way back, in a third pass.
 
     Raises:
         FileNotFoundError: the folder or a part of it is missing, or the hub has no such model.
@@ -75,9 +84,15 @@ class DiffusersPrior:
         classes: dict[str, int] | None = None,
         compile: bool = False,
         channels_last: bool = True,
+        vae: str | None = None,
+        vae_dtype: Dtype | None = None,
+        vae_slicing: bool = True,
+        vae_checkpointing: bool = True,
     ) -> None:
-        if dtype not in get_args(Dtype):
-            raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(get_args(Dtype))}")
+        for name, given in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
+            if given not in get_args(Dtype):
+                known = ", ".join(get_args(Dtype))
+                raise ValueError(f"unknown {name} {given!r}; known are {known}")
         self.pretrained, self.revision = pretrained, revision
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.compile = compile
@@ -87,11 +102,20 @@ class DiffusersPrior:
         self.family = read_family(self._files)
         self.channels, self.image_size = read_denoiser(self._files, self.family)
         self.latent = self.family.latent
-        latents = read_latents(self._files, self.family, self.channels)
+        self._vae_files, self._vae_part = self._files, "vae"
+        latents = LatentSpace()
+        if vae is not None and not self.latent:
+            raise ValueError(f"vae {vae!r}: {pretrained} is a prior of pixels, without a VAE")
+        if vae is not None:
+            self._vae_files, self._vae_part = ModelFolder(vae), ""
+        if self.latent:
+            latents = read_latents(self._vae_files, self._vae_part, self.channels)
+        self.vae_slicing, self.vae_checkpointing = vae_slicing, vae_checkpointing
         self.z_size = self.image_size  # the side of z
         self.image_size *= latents.factor
         self.latent_scale, self.latent_shift = latents.scale, latents.shift
-        self._vae_dtype = torch.float32 if latents.upcast else self.dtype
+        own = torch.float32 if latents.upcast else self.dtype
+        self._vae_dtype: torch.dtype = own if vae_dtype is None else getattr(torch, vae_dtype)
         self.schedule, self.prediction_type = read_schedule(self._files)
         self.classes = read_classes(self._files, self.family, classes)
         default = os.environ.get("LMC_CACHE", Path.home() / ".cache" / "lmc")
@@ -118,7 +142,7 @@ class DiffusersPrior:
             of_latents = {
                 "latent_scale": self.latent_scale,
                 "latent_shift": self.latent_shift,
-                "vae": self._files.digest("vae"),
+                "vae": self._vae_files.digest(self._vae_part),
             }
         return {
             "pretrained": self.pretrained,
@@ -139,16 +163,21 @@ class DiffusersPrior:
         """
         if self._denoiser is None:
             part = self.family.denoiser
-            self._files.fetch_weights(part, *(["vae"] if self.latent else []))
-            self._denoiser = self._load(part, self.dtype)
+            own_vae = self.latent and self._vae_files is self._files
+            self._files.fetch_weights(part, *(["vae"] if own_vae else []))
+            if self.latent and not own_vae:
+                self._vae_files.fetch_weights(self._vae_part)
+            self._denoiser = self._load(self._files, part, self.dtype)
             if self.compile:
                 self._denoiser.compile()
             if self.latent:
-                self._vae = self._load("vae", self._vae_dtype)
-                # A picture at a time, and of its activations only those between blocks: what a
-                # translator's gradient needs beyond is computed again on the way back.
-                self._vae.enable_slicing()
-                self._vae.enable_gradient_checkpointing()
+                self._vae = self._load(self._vae_files, self._vae_part, self._vae_dtype)
+                if self.vae_slicing:
+                    self._vae.enable_slicing()
+                # An AutoencoderTiny is small, and where it is checkpointed its encoder leaves out
+                # the step from [-1, 1] to [0, 1] in diffusers 0.42.
+                if self.vae_checkpointing and type(self._vae).__name__ != "AutoencoderTiny":
+                    self._vae.enable_gradient_checkpointing()
         for model in (self._denoiser, self._vae):
             if model is not None:
                 model.to(device).to(memory_format=self.memory_format)
@@ -170,7 +199,9 @@ class DiffusersPrior:
         if not self.latent:
             return image
         with torch.autocast(image.device.type, enabled=False):
-            mode = self._loaded(self._vae).encode(image.to(self._vae_dtype)).latent_dist.mode()
+            encoded = self._loaded(self._vae).encode(image.to(self._vae_dtype))
+        # An AutoencoderTiny has no distribution.
+        mode = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
         mode = mode.to(torch.promote_types(image.dtype, torch.float32))
         return (mode - self.latent_shift) * self.latent_scale
 
@@ -303,8 +334,8 @@ class DiffusersPrior:
             raise RuntimeError("call prior.to(device) before predict, encode or decode")
         return model
 
-    def _load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
-        model = self._files.class_of(part).from_pretrained(
-            self.folder, subfolder=part, torch_dtype=dtype
+    def _load(self, files: PipelineFolder, part: str, dtype: torch.dtype) -> torch.nn.Module:
+        model = files.class_of(part).from_pretrained(
+            files.path, subfolder=part or None, torch_dtype=dtype
         )
         return model.eval().requires_grad_(False)

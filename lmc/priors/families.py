@@ -42,6 +42,9 @@ FAMILIES = {
 }
 
 
+VAES = ("AutoencoderKL", "AutoencoderTiny")
+
+
 @dataclass(frozen=True)
 class LatentSpace:
     """What z is of a VAE's latents: (latent − shift) · scale. The defaults are those of no VAE.
@@ -97,20 +100,21 @@ def read_denoiser(files: PipelineFolder, family: Family) -> tuple[int, int]:
     return channels, sample_size
 
 
-def read_latents(files: PipelineFolder, family: Family, channels: int) -> LatentSpace:
-    """What the VAE's config says, if there is one; `channels` are those that the denoiser takes.
+def read_latents(files: PipelineFolder, part: str, channels: int) -> LatentSpace:
+    """What a VAE's config says.
+
+    Args:
+        files: that it is among.
+        part: which of them, '' for the only one.
+        channels: that the denoiser takes.
 
     Raises:
         ValueError: another kind of VAE, or of scaling, or one that does not fit the denoiser.
     """
-    if not family.latent:
-        return LatentSpace()
-    file = "vae/config.json"
-    config = files.json(file)
-    if files.index["vae"][1] != "AutoencoderKL":
-        raise ValueError(
-            f"{files.pretrained}: a {files.index['vae'][1]} is not supported; AutoencoderKL is"
-        )
+    file = f"{part}/config.json" if part else "config.json"
+    config, kind = files.json(file), files.index[part][1]
+    if kind not in VAES:
+        raise ValueError(f"{files.pretrained}: a {kind} is not supported; {' and '.join(VAES)} are")
     if config.get("latents_mean") or config.get("latents_std"):
         raise ValueError(f"{files.pretrained}/{file}: latents_mean/_std are not supported")
     # What an old config does not say is as AutoencoderKL has it by default.
@@ -118,7 +122,14 @@ def read_latents(files: PipelineFolder, family: Family, channels: int) -> Latent
     if latent_channels != channels:
         raise ValueError(
             f"{files.pretrained}: the vae's latents have {latent_channels} channels, the "
-            f"{family.denoiser} takes {channels}"
+            f"denoiser takes {channels}"
+        )
+    if kind == "AutoencoderTiny":  # whose latents are scaled already
+        return LatentSpace(
+            scale=config.get("scaling_factor", 1.0),
+            shift=config.get("shift_factor") or 0.0,
+            factor=2 ** (len(config.get("encoder_block_out_channels", [64] * 4)) - 1),
+            upcast=config.get("force_upcast", False),
         )
     return LatentSpace(
         scale=config.get("scaling_factor", 0.18215),

@@ -74,14 +74,14 @@ class PipelineFolder:
         return getattr(modules[library], name)
 
     def digest(self, part: str) -> str:
-        """`weights_digest` of a part, which is fetched for it the first time.
+        """`weights_digest` of a part, which is fetched for it the first time; '' is all there is.
 
         Raises:
             FileNotFoundError: some weights are missing.
         """
         if part not in self._digests:
             folder = self.fetch_weights(part) / part
-            self._digests[part] = weights_digest(folder, RENAMED if part == "vae" else {})
+            self._digests[part] = weights_digest(folder, RENAMED if part in ("vae", "") else {})
         return self._digests[part]
 
     def fetch(self, *patterns: str) -> Path:
@@ -103,18 +103,18 @@ class PipelineFolder:
             FileNotFoundError: some weights are missing, a single shard of many too.
         """
         kinds = ("json", "safetensors")
-        folder = self._download([f"{part}/*.{kind}" for part in parts for kind in kinds])
-        old = [f"{part}/*.bin" for part in parts if not weight_files(folder / part)]
+        folder = self._download([_inside(part, f"*.{kind}") for part in parts for kind in kinds])
+        old = [_inside(part, "*.bin") for part in parts if not weight_files(folder / part)]
         if old:
             with contextlib.suppress(FileNotFoundError):
                 self._download(old)
         for part in parts:
             if not weight_files(folder / part):
-                raise self._missing(f"{part}/*.safetensors")
+                raise self._missing(_inside(part, "*.safetensors"))
             for index in (folder / part).glob("*.safetensors.index.json"):
-                for name in set(self.json(f"{part}/{index.name}")["weight_map"].values()):
+                for name in set(self.json(_inside(part, index.name))["weight_map"].values()):
                     if not (folder / part / name).exists():
-                        raise self._missing(f"{part}/{name}")
+                        raise self._missing(_inside(part, name))
         return folder
 
     def _download(self, patterns: Sequence[str]) -> Path:
@@ -167,6 +167,28 @@ class PipelineFolder:
             "(no network, or HF_HUB_OFFLINE is set) or does not have it. Where there is network:\n"
             f"  hf download {self.pretrained} {' '.join(options)}"
         )
+
+
+class ModelFolder(PipelineFolder):
+    """The files of one model in diffusers format, in no pipeline: config.json and weights.
+
+    Args:
+        pretrained: its folder, or a hub id.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: as of `PipelineFolder`.
+    """
+
+    def __init__(self, pretrained: str) -> None:
+        self.pretrained, self.revision = pretrained, None
+        self._commit = None
+        self._digests = {}
+        self.path = self.fetch("config.json")
+        self.index = {"": ["diffusers", self.json("config.json").get("_class_name")]}
+
+
+def _inside(part: str, name: str) -> str:
+    return f"{part}/{name}" if part else name
 
 
 def weight_files(folder: Path) -> list[Path]:

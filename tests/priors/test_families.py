@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ import lmc.priors.weights
 import train_bias
 import train_translator
 from lmc.load import load_network
-from lmc.priors import DiffusersPrior, Embedding
+from lmc.priors import DiffusersPrior, Embedding, check_identity
 from lmc.priors.weights import weight_files, weights_digest
 from lmc.training.bias import CorrectorTraining
 from lmc.training.translator import TranslatorTraining
@@ -323,6 +323,76 @@ def test_a_vae_that_asks_for_float32_gets_it(family_folder, tmp_path, upcast, dt
     assert torch.equal(z, wanted) == upcast
 
 
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AutoencoderTiny in a folder of its own, of four times as many pixels a side as latents."""
+    folder = tmp_path_factory.mktemp("vae")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+        widths = {f"{x}coder_block_out_channels": (8, 8, 8) for x in ("en", "de")}
+        AutoencoderTiny(**blocks, **widths).save_pretrained(folder)
+    return folder
+
+
+def test_another_vae_in_place_of_the_pipelines(family_folder, tiny_vae):
+    """Its latents are z, as they are; with a gradient; and it makes another prior."""
+    folder = family_folder("sd15")
+    prior, own = loaded(folder, vae=str(tiny_vae)), loaded(folder)
+    vae = AutoencoderTiny.from_pretrained(tiny_vae).eval()
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image.requires_grad_()
+    z = prior.encode(image)
+    wanted = vae.encode(image).latents
+    torch.testing.assert_close(z, wanted)
+    torch.testing.assert_close(prior.decode(z), vae.decode(wanted).sample)
+    gradient = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    mine, expected = (torch.autograd.grad((gradient * x).sum(), image)[0] for x in (z, wanted))
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(mine, expected)
+    assert prior.image_size == own.image_size == 32
+    with pytest.raises(ValueError, match="vae"):
+        check_identity(own.identity, prior.identity)
+    # The denoiser is the same.
+    t, text = torch.tensor([0.3, 0.6]), prior.embed(["", "a cat"])
+    z = z.detach()
+    torch.testing.assert_close(prior.predict(z, t, text), own.predict(z, t, text))
+
+
+def test_a_vae_that_does_not_fit_is_refused(family_folder, tiny_vae, tmp_path):
+    with pytest.raises(ValueError, match="a prior of pixels, without a VAE"):
+        DiffusersPrior(str(family_folder("if")), vae=str(tiny_vae))
+    with pytest.raises(FileNotFoundError, match="no such folder: /no/vae"):
+        DiffusersPrior(str(family_folder("sd15")), vae="/no/vae")
+    with pytest.raises(ValueError, match="latents have 4 channels, the denoiser takes 16"):
+        DiffusersPrior(str(family_folder("sd35")), vae=str(tiny_vae))
+    folder = copy(tiny_vae, tmp_path)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    prior = DiffusersPrior(str(family_folder("sd15")), vae=str(folder))
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
+        prior.to("cpu")
+
+
+def test_what_the_vae_costs_is_the_users_choice(family_folder):
+    """In one piece, without a third pass, in another dtype: the same z."""
+    folder = family_folder("sd15")
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wanted = loaded(folder).encode(image)
+    prior = loaded(folder, vae_slicing=False, vae_checkpointing=False)
+    runs = []
+    block = prior._vae.encoder.down_blocks[0]
+    block.register_forward_pre_hook(lambda module, inputs: runs.append(len(inputs[0])))
+    z = prior.encode(image.clone().requires_grad_())
+    z.sum().backward()
+    assert runs == [2]
+    torch.testing.assert_close(z.detach(), wanted, rtol=1e-4, atol=1e-5)
+    half = loaded(folder, dtype="bfloat16", vae_dtype="bfloat16")
+    assert {p.dtype for p in half._vae.parameters()} == {torch.bfloat16}
+    assert (half.encode(image) - wanted).abs().max() < 0.05 * wanted.abs().max()
+    with pytest.raises(ValueError, match="unknown vae_dtype 'int8'"):
+        DiffusersPrior(str(folder), vae_dtype="int8")
+
+
 def test_the_vae_and_the_denoiser_are_frozen_and_in_eval_mode(family_folder):
     prior = loaded(family_folder("dit"))
     for model in (prior._denoiser, prior._vae):
@@ -516,8 +586,8 @@ def test_the_digest_is_the_denoisers(family_folder):
     ("name", "file", "changes", "message"),
     [
         ("sd35", "model_index.json", {"text_encoder_3": [None, None]}, "without 'text_encoder_3'"),
-        ("sd15", "model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny"),
-        ("sd15", "vae/config.json", {"latent_channels": 8}, "8 channels, the unet takes 4"),
+        ("sd15", "model_index.json", {"vae": ["diffusers", "VQModel"]}, "a VQModel is not"),
+        ("sd15", "vae/config.json", {"latent_channels": 8}, "8 channels, the denoiser takes 4"),
         ("sd15", "vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
         ("sd15", "unet/config.json", {"in_channels": 9}, "out_channels 4 is neither in_channels 9"),
         ("sd15", "unet/config.json", {"sample_size": [8, 8]}, "no number for 'sample_size'"),
