@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,11 +147,42 @@ def test_configs_on_labelled_pictures_build_their_training(stage, tmp_path, monk
     assert cli.model.network.arguments["captions"] == captions
 
 
+FACES = {**STAGES, **{stage: (None, kind) for stage, kind in LABELLED.items()}}
+
+
+@pytest.mark.parametrize("stage", FACES)
+def test_the_configs_of_faces_build_their_training(
+    stage, family_folder, corrector, tmp_path, monkeypatch
+):
+    """By the header's own command; their classes are those that the script prepares."""
+    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.syspath_prepend(ROOT / "data" / "faces")
+    targets = list(importlib.import_module("marks").CLASSES)
+    file = CONFIGS / stage / "faces.yaml"
+    (words,) = commands(file)
+    args = [str(ROOT / word) if word.startswith("configs/") else word for word in words[2:]]
+    args += [f"--run={tmp_path}"]
+    if stage in STAGES:
+        args += [f"--model.prior.init_args.pretrained={family_folder('if')}"]
+    if stage == "translator":
+        args += [f"--model.loss.corrector={corrector}"]
+    main = STAGES[stage][0] if stage in STAGES else partial(train, stage, program=words[1])
+    model = main(args).model
+    assert type(model) is FACES[stage][1]
+    if stage == "translator":
+        assert model.translator.classes == targets and model.source == "cat"
+    if stage in LABELLED:
+        assert set(model.classes) == {"cat", *targets}
+    else:
+        assert stated(yaml.safe_load(file.read_text())).license == "cc-by-nc-4.0"
+
+
 def test_every_config_is_tested():
     found = {str(file.relative_to(CONFIGS))[:-5] for file in CONFIGS.rglob("*.yaml")}
     stages = {f"{stage}/{which}" for stage in STAGES for which in ("demo", "paper")}
     mine = stages | {f"priors/{name}" for name in PRIORS} | {"translator/imagenet-classes"}
     mine |= {"translator/demo-eight", *(f"{stage}/demo" for stage in LABELLED)}
+    mine |= {f"{stage}/faces" for stage in FACES}
     assert {name for name in found if not name.startswith("image/")} == mine
 
 
