@@ -1,6 +1,21 @@
-"""The device that computes."""
+"""The device that computes, and what is compiled for it."""
 
 import os
+from typing import Any, Literal
+
+# true is 'default'; 'reduce-overhead' records the kernels of a call as one graph on a GPU.
+Compile = bool | Literal["default", "reduce-overhead"]
+
+
+def compile_in_place(module: Any, how: Compile) -> None:
+    """`torch.nn.Module.compile`: slow first calls, then faster ones; its weights keep their names.
+
+    Args:
+        module: whose calls are to be fast.
+        how: false leaves it as it is.
+    """
+    if how:
+        module.compile(mode="default" if how is True else how)
 
 
 def choose_device(device: str = "auto") -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lmc.device import Compile, compile_in_place
 from lmc.priors.families import (
     LatentSpace,
     read_classes,
@@ -58,7 +59,8 @@ class DiffusersPrior:
         cache_dir: where prompt embeddings are kept; default $LMC_CACHE, else ~/.cache/lmc.
         classes: more names for the classes of a class-conditional prior, by number; '' there
             says which is the null class.
-        compile: torch.compile the denoiser: slow first steps, then faster ones.
+        compile: torch.compile the denoiser, true ('default') or 'reduce-overhead': slow first
+            steps, then faster ones.
         channels_last: memory format of the denoiser and the VAE.
         vae: another VAE of the same latents in place of the pipeline's own, a folder or hub id of
             an AutoencoderKL or AutoencoderTiny, such as madebyollin/taesd for Stable Diffusion 1.x
@@ -82,7 +84,7 @@ class DiffusersPrior:
         dtype: Dtype = "float32",
         cache_dir: str | None = None,
         classes: dict[str, int] | None = None,
-        compile: bool = False,
+        compile: Compile = False,
         channels_last: bool = True,
         vae: str | None = None,
         vae_dtype: Dtype | None = None,
@@ -168,8 +170,7 @@ class DiffusersPrior:
             if self.latent and not own_vae:
                 self._vae_files.fetch_weights(self._vae_part)
             self._denoiser = self._load(self._files, part, self.dtype)
-            if self.compile:
-                self._denoiser.compile()
+            compile_in_place(self._denoiser, self.compile)
             if self.latent:
                 self._vae = self._load(self._vae_files, self._vae_part, self._vae_dtype)
                 if self.vae_slicing:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmc.closed_form import training_triplets
 from lmc.corrector import BiasCorrector, Corrector, Statistics, corrector_loss
+from lmc.device import Compile, compile_in_place
 from lmc.errors import about, require
 from lmc.filter import FilterCorrector, HybridCorrector, estimate_filter
 from lmc.load import load_corrector
@@ -71,6 +72,8 @@ class CorrectorTraining(TrainingModule):
         stability: on how many held-out images it is found out at the end whether LMC-SDS with the
             corrector holds or runs away: `stability_at`, some hundred evaluations, into the run
             folder as stability.json and stability.png. 0 leaves it out.
+        compile: torch.compile the corrector, true ('default') or 'reduce-overhead': slow first
+            steps, then faster ones. The prior has an option of its own.
         seed: of t and eps; follows seed_everything.
 
     Raises:
@@ -97,6 +100,7 @@ class CorrectorTraining(TrainingModule):
         heldout_images: int | None = HELDOUT,
         heldout_draws: int = 2,
         stability: int = 4,
+        compile: Compile = False,
         seed: int = 0,
     ) -> None:
         if heldout_images is not None and heldout_images < 1:
@@ -114,6 +118,7 @@ class CorrectorTraining(TrainingModule):
         self.prior, self.time_range = prior, time_range
         self.closed_form, self._heldout_images = closed_form, heldout_images
         self.heldout_draws, self.stability = heldout_draws, stability
+        self.compile_network = compile
         self._looked_at: Tensor | None = None  # some held-out z
         self.closed_form_triplets, self.restoring = closed_form_triplets, restoring
         # By the name of its error. In a dict: it is no part of the module, nor of its state.
@@ -203,6 +208,7 @@ class CorrectorTraining(TrainingModule):
             OSError, ValueError: see `check`.
         """
         device = self.trainer.strategy.root_device
+        compile_in_place(self.network, self.compile_network)
         self._load_closed_form()
         identity = self.share_identity()
         self._check_prior(identity, self._origins())

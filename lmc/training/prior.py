@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lmc.device import Compile, compile_in_place
 from lmc.errors import about, require
 from lmc.measure.evaluate import classified, from_all_processes
 from lmc.measure.figures import labelled_grid
@@ -77,7 +78,8 @@ class PriorTraining(LabelledTraining):
             for v); None weighs all t alike.
         hours: end after these, of all sessions together, if trainer.max_steps do not end it
             before; None is no limit. The learning rate falls by whichever is sooner.
-        compile: torch.compile the U-Net: slow first steps, then faster ones.
+        compile: torch.compile the U-Net, true ('default') or 'reduce-overhead': slow first steps,
+            then faster ones.
         samples: what is drawn to look at.
         heldout_images: how many held-out images are looked at, the first in the shards' order;
             None is all.
@@ -103,7 +105,7 @@ class PriorTraining(LabelledTraining):
         flip: bool = True,
         min_snr: float | None = None,
         hours: float | None = None,
-        compile: bool = False,
+        compile: Compile = False,
         samples: Samples = Samples(),
         heldout_images: int | None = 500,
         seed: int = 0,
@@ -157,8 +159,7 @@ class PriorTraining(LabelledTraining):
     def setup(self, stage: str) -> None:
         """Load what judges, and compile."""
         self.load_judges(self.trainer.strategy.root_device)
-        if self.compile_unet:
-            self.denoiser.unet.compile()
+        compile_in_place(self.denoiser.unet, self.compile_unet)
 
     # -----------------------------------------------------------------------------------------
     # A step

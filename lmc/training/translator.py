@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lmc.corrector import BiasCorrector
+from lmc.device import Compile, compile_in_place
 from lmc.errors import about, require
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.measure.evaluate import Prompts
@@ -143,6 +144,9 @@ class TranslatorTraining(TrainingModule):
             by nothing but the loss: L2 at full size keeps ghosts of the source's ears, say.
         time: how t is drawn; None is the loss's own way: uniform in (0.02, 0.98), but for SDI.
         validation: what is measured and shown of the held-out images.
+        compile: torch.compile the translator and the loss's corrector, true ('default') or
+            'reduce-overhead': slow first steps, then faster ones. The prior has an option of its
+            own.
         seed: of classes, t and eps; follows seed_everything.
 
     Raises:
@@ -175,6 +179,7 @@ class TranslatorTraining(TrainingModule):
         l2_size: int | None = None,
         time: TimeSchedule | None = None,
         validation: Validation = Validation(),  # noqa: B008
+        compile: Compile = False,
         seed: int = 0,
     ) -> None:
         if "{}" not in prompt:
@@ -199,6 +204,7 @@ class TranslatorTraining(TrainingModule):
         self.every_class, self.patches = every_class, patches
         self.l2_rescale, self.l2_size = l2_rescale, l2_size
         self.score_weight, self.l2_weight = score_weight, l2_weight
+        self.compile_network = compile
 
     @property
     def translator(self) -> Translator:
@@ -287,6 +293,9 @@ class TranslatorTraining(TrainingModule):
                 print(line, flush=True)
         self.embedding = self.prior.embed(self.prompts).to(device)
         self.loss.prepare(self.prior, device)
+        compile_in_place(self.network, self.compile_network)
+        if isinstance(corrector := getattr(self.loss, "corrector", None), BiasCorrector):
+            compile_in_place(corrector, self.compile_network)
         self.prior.to(device)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:

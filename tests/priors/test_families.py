@@ -410,7 +410,7 @@ def test_latent_priors_say_what_to_call_first(family_folder):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_memory_format_and_compilation_are_options(family_folder, monkeypatch, channels_last):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compiled.append(self))
     prior = loaded(family_folder("sd15"), channels_last=channels_last)
     assert not compiled
     for weight in (prior._denoiser.conv_in.weight, prior._vae.encoder.conv_in.weight):

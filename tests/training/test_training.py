@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_bias
 import train_translator
 from lmc import losses
+from lmc.corrector import Corrector
 from lmc.load import load_averaged
 from lmc.priors import DiffusersPrior
 from lmc.training.callbacks import AtomicCheckpointIO
@@ -378,3 +379,46 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         io.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def lmc_args(folder: Path, data: str, run: Path) -> list[str]:
+    """Of a tiny training with LMC-SDS and a corrector of its own."""
+    release = run.parent / "corrector"
+    torch.manual_seed(0)
+    identity = DiffusersPrior(str(folder)).identity
+    Corrector(3, [8, 8], prior=identity).save_pretrained(release)
+    args = worlds.translator_args(folder, data, run, "LMC")
+    return [*args, f"--model.loss.init_args.corrector={release}"]
+
+
+def test_what_is_compiled_is_chosen(tiny_prior_folder, data, tmp_path, monkeypatch):
+    compiled = []
+    note = lambda self, mode: compiled.append((type(self).__name__, mode))  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
+    args = lmc_args(tiny_prior_folder, data, tmp_path / "run")
+    args += ["--trainer.max_steps=1", "--model.prior.init_args.compile=true"]
+    train_translator.main([*args, "--model.compile=reduce-overhead"])
+    denoiser = ("UNet2DConditionModel", "default")
+    ours = [(name, "reduce-overhead") for name in ("Translator", "Corrector")]
+    assert sorted(compiled) == sorted([denoiser, *ours])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["bias", "translator"])
+def test_what_is_compiled_trains_to_the_same_weights(stage, tiny_prior_folder, data, tmp_path):
+    """But for rounding; denoiser, trained network and corrector."""
+    runs = {}
+    for compiled in ("false", "true"):
+        run = tmp_path / compiled
+        if stage == "bias":
+            args = worlds.bias_args(tiny_prior_folder, data, run)
+            main = train_bias.main
+        else:
+            args = lmc_args(tiny_prior_folder, data, run)
+            main = train_translator.main
+        flags = [f"--model.compile={compiled}", f"--model.prior.init_args.compile={compiled}"]
+        main([*args, *flags, "--trainer.limit_val_batches=0", "--model.optimizer.lr=0.001"])
+        runs[compiled] = last(run)["state_dict"]
+    assert runs["true"].keys() == runs["false"].keys()
+    for name, value in runs["false"].items():
+        torch.testing.assert_close(runs["true"][name], value, atol=2e-4, rtol=1e-3)
