@@ -78,17 +78,17 @@ def translate(
         for number, batch in enumerate(several):
             following = several[number + 1] if number + 1 < len(several) else []
             now, ahead = ahead, [pool.submit(read, file) for file in following]
-            images = []
+            read_here: list[tuple[str, Tensor]] = []
             for file, future in zip(batch, now, strict=True):
                 try:
-                    images.append((file.stem, future.result()))
+                    read_here.append((file.stem, future.result()))
                 except (OSError, ValueError) as error:
                     broken.append(str(error))
                     progress.say(f"left out: {error}")
             for earlier in writing:
                 earlier.result()
-            if images:
-                stems_here, pictures = zip(*images, strict=True)
+            if read_here:
+                stems_here, pictures = zip(*read_here, strict=True)
                 made = network(
                     torch.cat(pictures).to(device).repeat_interleave(len(ids), 0),
                     ids.repeat(len(pictures)),

@@ -344,8 +344,9 @@ class TranslatorTraining(TrainingModule):
             gradient = self.loss(self.prior, inputs)
             if self.loss.learns:
                 again = self.draw(z.detach()[::repeats], generator, host, repeats)
-                drawn = dict(zip(("t", "eps", "t_host"), again, strict=True))
-                self.loss.learn(self.prior, replace(inputs, **drawn))
+                t_again, eps_again, on_host = again
+                drawn = replace(inputs, t=t_again, eps=eps_again, t_host=on_host)
+                self.loss.learn(self.prior, drawn)
         self.watch(gradient.total, t, keys, self.loss.name)
         score = surrogate(z, gradient.total).sum() / z.numel()
         l2 = l2_to(image, output, self.l2_size)

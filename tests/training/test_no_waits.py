@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.overrides import TorchFunctionMode
 
+import lmc.progress
 from lmc import losses
 from lmc.filter import HybridCorrector
 from lmc.losses import ScoreDistillation
@@ -131,6 +132,8 @@ class Steps(Callback):
 def run(module: TrainingModule, data: str, monkeypatch, folder: Path) -> None:
     """Some steps of a training on the meta device, with the callbacks that act at every step."""
     monkeypatch.setattr(torch, "Generator", MetaGenerator)
+    # What it says every few seconds is a look.
+    monkeypatch.setattr(lmc.progress, "SECONDS", 1e9)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     callbacks = [ShowProgress(), SaveBest(folder / "best.ckpt"), CheckFinite()]
     callbacks += [LeaveOnSignal(lambda trainer: None), steps := Steps()]
