@@ -4,8 +4,9 @@
     python benchmarks/step.py
 
 The parts are what a step cannot do without: the denoiser at the same batch, the trained network
-forward and backward with Adam, the corrector forward. After each step of a training, by its own
-loop with data, logging, average and checks, each part is run by itself with a network of its own.
+forward and backward with Adam, the corrector forward, of a latent prior the VAE's encoder. After
+each step of a training, by its own loop with data, logging, average and checks, each part is run by
+itself with a network of its own.
 The medians over all steps count, so that whatever else the machine does meets all of them.
 Prints a table, then JSON (or writes it to --json).
 """
@@ -16,7 +17,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,12 +26,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lmc.shards.images import resize
 from lmc.training.bias import CorrectorTraining
 from lmc.training.cli import TrainingCLI
 from lmc.training.translator import TranslatorTraining
 
 BIAS, TRANSLATOR = "configs/bias/demo.yaml", "configs/translator/demo.yaml"
-PARTS = ("step", "denoiser", "network, Adam", "corrector")
+PARTS = ("step", "denoiser", "network, Adam", "corrector", "VAE")
 WARM_UP = 4  # steps that are not counted
 
 
@@ -67,29 +69,45 @@ def parts_of(module: Any, trainer: Trainer) -> dict[str, Callable[[], Any]]:
     network = copy.deepcopy(module.network)
     adam = torch.optim.Adam(network.parameters(), lr=1e-9)
     image = torch.rand(batch, 3, module.image_size, module.image_size, device=device) * 2 - 1
+    pixels = resize(image, prior.image_size).requires_grad_()
+    with torch.no_grad():
+        z = prior.encode(pixels)
     t = torch.linspace(0.1, 0.9, batch, device=device)
     translates = isinstance(module, TranslatorTraining)
-    of_class = (
-        torch.arange(batch, device=device) % len(module.translator.classes) if translates else t
-    )
+    given = (z, t)
+    if translates:
+        given = (image, torch.arange(batch, device=device) % len(module.translator.classes))
 
     def trained() -> None:
-        network(image, of_class).square().mean().backward()
+        with trainer.precision_plugin.forward_context():
+            output = network(*given)
+        output.float().square().mean().backward()
         adam.step()
         adam.zero_grad()
+
+    def encoded() -> None:
+        with torch.set_grad_enabled(translates):
+            made = prior.encode(pixels)
+        if translates:
+            made.sum().backward()
+        if translates and module.loss.needs_source:
+            with torch.no_grad():
+                prior.encode(pixels)
 
     name = module.loss.name if translates else "triplets"
     times = {"lmc": 2, "sds": 2, "dds": 4, "triplets": 1}[name]
     prompts = prior.embed(["", *["a photo of a dog"] * (times > 1)]).to(device)
     rows = torch.arange(times, device=device).repeat_interleave(batch) % min(times, 2)
-    z_t, many = image.repeat(times, 1, 1, 1), t.repeat(times)
+    z_t, many = z.repeat(times, 1, 1, 1), t.repeat(times)
     found: dict[str, Callable[[], Any]] = {
         "denoiser": lambda: prior.predict(z_t, many, prompts[rows]),
         "network, Adam": trained,
     }
+    if prior.latent:
+        found["VAE"] = encoded
     if name == "lmc":
         corrector = module.loss.corrector
-        found["corrector"] = torch.no_grad()(lambda: corrector.correct(image, t, image))
+        found["corrector"] = torch.no_grad()(lambda: corrector.correct(z, t, z))
     return found
 
 
@@ -102,15 +120,16 @@ class Timed(TrainingCLI):
         self.trainer.callbacks.append(self.parts)
 
 
-def measure(kind: type, config: str, steps: int, options: Sequence[str]) -> dict[str, float]:
+def measure(
+    kind: type, config: str, steps: int, options: Sequence[str], training: type = Timed
+) -> dict[str, float]:
     """Medians in milliseconds, of a step and of its parts."""
     with TemporaryDirectory() as folder:
         limits = [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
         limits += [f"--save_every={10 * steps}", f"--run={folder}/run"]
-        cli = Timed(kind, ["fit", "--config", config, *limits, *options])
-    return {
-        name: 1e3 * statistics.median(values[WARM_UP:]) for name, values in cli.parts.times.items()
-    }
+        cli = training(kind, ["fit", "--config", config, *limits, *options])
+    timed = {name: values[WARM_UP:] for name, values in cli.parts.times.items()}
+    return {name: 1e3 * statistics.median(values) for name, values in timed.items() if values}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,17 +150,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows["stage one, a plain U-Net"] = measure(
         CorrectorTraining, BIAS, args.steps, [*plain, "--model.stability=0"]
     )
-    print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| | step | denoiser | network, Adam | corrector | step over the sum |")
-    print("|---|---|---|---|---|---|")
+    report(rows, args.json)
+
+
+def report(rows: Mapping[str, Mapping[str, float]], file: Path | None) -> None:
+    """The table, and the same as JSON, also into a file."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    threads = torch.get_num_threads()
+    where = f"{gpu or f'{os.cpu_count()} CPUs, {threads} threads'}, torch {torch.__version__}"
+    print(f"{where}\n| | {' | '.join(PARTS)} | step over the sum |\n|---|{'---|' * len(PARTS)}---|")
     for name, times in rows.items():
-        step, *parts = (times[key] for key in times)
         cells = [f"{times[key]:.1f} ms" if key in times else "" for key in PARTS]
-        print(f"| {name} | {' | '.join(cells)} | {step / sum(parts):.3f} |")
-    figures = {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "rows": rows}
+        ratio = times["step"] / sum(times[key] for key in PARTS[1:] if key in times)
+        print(f"| {name} | {' | '.join(cells)} | {ratio:.3f} |")
+    figures = {"where": where, "rows": rows}
     print(json.dumps(figures))
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if file:
+        file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
