@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -542,24 +542,31 @@ class VSD(ScoreDistillation):
         """Give the prior's denoiser its LoRA, the same in all processes."""
         super().prepare(prior, device)
         assert isinstance(prior, LoraPrior)
-        self.prior = prior  # to ask at every step whether it is one would read its weights
         prior.to(device)
         self.lora = prior.add_lora(self.lora_rank)
         self.optimizer = torch.optim.AdamW(self.lora.values(), lr=self.lora_lr)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         z_t, scale = _noisy(prior, x.z, x), self.guidance_scale
-        eps_lora, _ = self.prior.predict_lora(z_t, x.t, x.target)
+        eps_lora, _ = self.predict_lora(prior, z_t, x)
         if scale == 1:
             ((eps_cond, _),) = _predict(prior, x.t, (z_t, x.target))
             return {"guided": eps_cond - eps_lora}
         (eps_uncond, _), (eps_cond, _) = _predict(prior, x.t, (z_t, x.null), (z_t, x.target))
         return {"cond": scale * (eps_cond - eps_uncond), "variational": eps_uncond - eps_lora}
 
+    @staticmethod
+    def predict_lora(prior: Prior, z_t: Tensor, x: LossInputs) -> tuple[Tensor, Tensor]:
+        """See `LoraPrior.predict_lora`; which `prepare` made sure that there is.
+
+        To ask here whether it is one, by isinstance, would take its identity at every step.
+        """
+        return cast(LoraPrior, prior).predict_lora(z_t, x.t, x.target)
+
     def learn(self, prior: Prior, x: LossInputs) -> None:
         """A step on ‖eps_LoRA(z_t, y, t) − eps‖², mean over pixels, batch and processes."""
         with torch.enable_grad():
-            eps_lora, _ = self.prior.predict_lora(_noisy(prior, x.z, x), x.t, x.target)
+            eps_lora, _ = self.predict_lora(prior, _noisy(prior, x.z, x), x)
             loss = (eps_lora - x.eps).square().mean()
             gradients = torch.autograd.grad(loss, list(self.lora.values()))
         flat = torch.cat([gradient.flatten() for gradient in gradients])
