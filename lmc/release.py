@@ -8,11 +8,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCardData
@@ -20,12 +20,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from lmc import __version__
+from lmc.files import whole_folder
 from lmc.filter import FilterCorrector
 from lmc.load import Network, load_averaged
 from lmc.measure.comparison import read_comparison
 from lmc.measure.results import numbers
 from lmc.translator import Translator
 
+MADE = "Made with LMC-SDS's code"  # by which a card of this library's is known
 # What has to be stated, and how that is asked for.
 ASKED = {
     "license": "of the weights: an id of the hub's list, as apache-2.0 or cc-by-nc-4.0, or other",
@@ -55,13 +57,16 @@ class Terms:
     datasets: Sequence[str] = ()
     prior_license: str | None = None
 
-    def check(self) -> None:
+    def check(self, asked: Collection[str] = ASKED) -> None:
         """Refuse what does not say enough.
+
+        Args:
+            asked: what has to be stated, keys of `ASKED`.
 
         Raises:
             ValueError: names what is missing, or wrong, and what to write.
         """
-        missing = [f"--{key} ({what})" for key, what in ASKED.items() if not getattr(self, key)]
+        missing = [f"--{key} ({ASKED[key]})" for key in asked if not getattr(self, key)]
         if missing:
             raise ValueError(
                 f"a release has to state {', '.join(missing)}: give it, or write it into the "
@@ -77,11 +82,12 @@ class Terms:
             )
 
 
-def stated(config: Mapping[str, Any], **options: Any) -> Terms:
+def stated(config: Mapping[str, Any], asked: Collection[str] = ASKED, **options: Any) -> Terms:
     """What a release states, checked.
 
     Args:
         config: a training's, whose section 'release' counts where an option is not given.
+        asked: what has to be stated, keys of `ASKED`.
         options: of `Terms`; None is not given.
 
     Raises:
@@ -94,7 +100,7 @@ def stated(config: Mapping[str, Any], **options: Any) -> Terms:
         raise ValueError(f"release: {unknown[0]!r} in the config is none of {', '.join(known)}")
     given = {name: value for name, value in options.items() if value is not None}
     terms = Terms(**{**section, **given})
-    terms.check()
+    terms.check(asked)
     return terms
 
 
@@ -114,6 +120,9 @@ def release(
     picture: Path | None = None,
 ) -> None:
     """Turn a run folder into a release: model.safetensors, config.json and README.md, the card.
+
+    A small prior or CLIP of one's own (docs/own_prior.md) is released as the pipeline or model
+    folder that its training wrote, with a card.
 
     What is not given of license, data and the others up to prior_license is taken from the section
     'release' of the run's config.yaml; the first two and the last have to be stated.
@@ -139,16 +148,24 @@ def release(
     """
     check_out(out)
     measured = read_results(results, row)
+    given: dict[str, Any] = {
+        "license": license,
+        "license_name": license_name,
+        "license_link": license_link,
+        "data": data,
+        "datasets": datasets,
+        "prior_license": prior_license,
+    }
+    config = _config(run)
+    kinds = (kind for kind, model in MODELS.items() if (run / kind / model.mark).exists())
+    made = next(kinds, None)
+    if made is not None:
+        terms = stated(config, ("license", "data"), **given)
+        write_model_release(run, made, config, out, terms, measured, picture)
+        print(f"released to {out}: license {terms.license}; trained on {terms.data}")
+        return
     network, step = load_averaged(run, best)
-    terms = stated(
-        _config(run),
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        data=data,
-        datasets=datasets,
-        prior_license=prior_license,
-    )
+    terms = stated(config, **given)
     which = ", the best of the run by held-out R-Precision" if best else ""
     how = f"{step} steps{which}; averaged weights"
     write_release(network, out, how, terms, measured, picture)
@@ -156,6 +173,89 @@ def release(
         f"released to {out}: license {terms.license}; trained on {terms.data}; "
         f"prior {terms.prior_license}"
     )
+
+
+class Model(NamedTuple):
+    """What a training of labelled pictures makes, a folder in another library's format.
+
+    Attributes:
+        mark: a file that such a folder has.
+        title: of the card.
+        library, task: the hub's keys.
+        about: for the card; {} are its captions' words.
+        snippet: how it is loaded.
+    """
+
+    mark: str
+    title: str
+    library: str
+    task: str
+    about: str
+    snippet: str
+
+
+MODELS = {
+    "prior": Model(
+        "model_index.json",
+        "A small prior",
+        "diffusers",
+        "text-to-image",
+        "A small text-to-image model in DeepFloyd IF's format, trained from nothing. It draws {}, "
+        "of {} x {} pixels, and nothing else.",
+        'from lmc import DiffusersPrior\n\nprior = DiffusersPrior("…")',
+    ),
+    "clip": Model(
+        "config.json",
+        "A small CLIP",
+        "transformers",
+        "zero-shot-image-classification",
+        "A small CLIP, trained from nothing, that tells {} apart, seen at {} x {} pixels, and "
+        "nothing else.",
+        'from lmc.measure.metrics import Clip\n\nclip = Clip("…")',
+    ),
+}
+
+
+def write_model_release(
+    run: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    out: Path,
+    terms: Terms,
+    results: Mapping[str, Any],
+    picture: Path | None,
+) -> None:
+    """Copy what a training of labelled pictures wrote, with a card.
+
+    Args:
+        run: its folder, which holds `kind`.
+        kind: of `MODELS`.
+        config: of the run.
+        out: folder to write; a release that is there is replaced.
+        terms: what is stated of licences.
+        results: what was measured of it, for the card.
+        picture: a PNG to show on the card.
+    """
+    model, settings = MODELS[kind], config["model"]
+    captions = [settings["prompt"].format(name) for name in settings["classes"]]
+    side = settings["image_size"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as partial:
+        shutil.copytree(run / kind, partial, dirs_exist_ok=True)
+        if picture is not None:
+            shutil.copy(picture, partial / "samples.png")
+        head = ModelCardData(
+            library_name=model.library,
+            pipeline_tag=model.task,
+            tags=["lmc-sds"],
+            **_stated(terms),
+        )
+        about = model.about.format(", ".join(map(repr, captions)), side, side)
+        how = f"trained by `data/{kind}/train.py`; averaged weights"
+        lines = [f"- Licence of these weights: {_named(terms)}", f"- Trained on: {terms.data}"]
+        shown = picture is not None
+        text = _card(head, model.title, about, how, lines, model.snippet, results, shown)
+        (partial / "README.md").write_text(text)
 
 
 def _config(run: Path) -> dict[str, Any]:
@@ -241,7 +341,9 @@ def check_out(out: Path) -> None:
 def is_release(folder: Path) -> bool:
     """Whether a folder may be replaced by a release: it is one, or it is empty."""
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else {"a file"}
-    return names <= {"config.json", "model.safetensors", "README.md", "samples.png"}
+    ours = names <= {"config.json", "model.safetensors", "README.md", "samples.png"}
+    about = folder / "README.md"
+    return ours or (about.is_file() and MADE in about.read_text(errors="replace"))
 
 
 def card(
@@ -258,25 +360,48 @@ def card(
         prior = "\n".join(f"- {key}: `{value}`" for key, value in network.prior.items())
         of = "closed-form corrector" if isinstance(network, FilterCorrector) else "corrector b̂_ψ"
         about = f"The {of} of one prior, and valid for no other:\n\n{prior}"
+    lines = [
+        f"- Licence of these weights: {_named(terms)}",
+        f"- Trained on: {terms.data}",
+        f"- With the prior: {terms.prior_license}",
+    ]
+    snippet = f'from lmc import {kind}\n\nnetwork = {kind}.from_pretrained("…").eval()'
+    return _card(header(network, terms), kind, about, how, lines, snippet, results, picture)
+
+
+def _card(
+    head: ModelCardData,
+    title: str,
+    about: str,
+    how: str,
+    lines: Sequence[str],
+    snippet: str,
+    results: Mapping[str, Any] | None,
+    picture: bool,
+) -> str:
+    """A card of these parts, in Markdown."""
     values = {k: v for k, v in (results or {}).items() if isinstance(v, int | float)}
     measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in values.items())
-    license = terms.license
-    if license == "other":
-        license = f"[{terms.license_name}]({terms.license_link})"
     parts = [
-        f"---\n{header(network, terms).to_yaml()}\n---",
-        f"# {kind}",
+        f"---\n{head.to_yaml()}\n---",
+        f"# {title}",
         about,
-        f"Made with LMC-SDS's code, version {__version__}: {how}.",
-        f"- Licence of these weights: {license}\n- Trained on: {terms.data}\n"
-        f"- With the prior: {terms.prior_license}",
-        f'```python\nfrom lmc import {kind}\n\nnetwork = {kind}.from_pretrained("…").eval()\n```',
+        f"{MADE}, version {__version__}: {how}.",
+        "\n".join(lines),
+        f"```python\n{snippet}\n```",
     ]
     if measured:
         parts.append(f"Measured on held-out images:\n\n| | |\n|---|---|\n{measured}")
     if picture:
         parts.append("![samples](samples.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def _named(terms: Terms) -> str:
+    """The licence of the weights, as a card says it."""
+    if terms.license == "other":
+        return f"[{terms.license_name}]({terms.license_link})"
+    return str(terms.license)
 
 
 def header(network: Network, terms: Terms) -> ModelCardData:
@@ -290,16 +415,19 @@ def header(network: Network, terms: Terms) -> ModelCardData:
         # Without the second the hub takes it for the prior itself, trained on.
         more = {"base_model": pretrained, "base_model_relation": "adapter"}
     return ModelCardData(
-        library_name="lmc",
-        license=terms.license,
-        license_name=terms.license_name,
-        license_link=terms.license_link,
-        tags=tags,
-        datasets=list(terms.datasets) or None,
-        training_data=terms.data,
-        prior_license=terms.prior_license,
-        **more,
+        library_name="lmc", tags=tags, prior_license=terms.prior_license, **_stated(terms), **more
     )
+
+
+def _stated(terms: Terms) -> dict[str, Any]:
+    """What every header says of licences and data."""
+    return {
+        "license": terms.license,
+        "license_name": terms.license_name,
+        "license_link": terms.license_link,
+        "datasets": list(terms.datasets) or None,
+        "training_data": terms.data,
+    }
 
 
 def _is_hub_id(pretrained: str) -> bool:

@@ -9,6 +9,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from lmc.measure.metrics import Clip
 from lmc.measure.small_clip import SmallClip, augment, halved
+from lmc.release import release
 from lmc.shards.images import from_uint8, write_shard
 from lmc.training.start import train
 
@@ -91,6 +92,18 @@ def test_a_run_goes_on_and_another_order_of_classes_is_refused(data, tmp_path):
     with pytest.raises(SystemExit) as left:
         fit(*arguments(data, tmp_path, "--model.classes=[dog,cat]"))
     assert "model.classes was ['cat', 'dog'] and is ['dog', 'cat']" in str(left.value.code)
+
+
+def test_it_is_released_as_a_model_folder(data, tmp_path):
+    """That measures like any other CLIP, with a card."""
+    fit(*arguments(data, tmp_path / "run", "--trainer.max_steps=2"))
+    out = tmp_path / "release"
+    release(tmp_path / "run", out=out, license="cc0-1.0", data="cats and dogs, CC0")
+    card = (out / "README.md").read_text()
+    assert "zero-shot-image-classification" in card and "Trained on: cats and dogs, CC0" in card
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found, expected = (Clip(str(folder)).images(x) for folder in (out, tmp_path / "run/clip"))
+    assert torch.equal(found, expected)
 
 
 def test_augmented_pictures_are_pictures_still():

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from lmc.measure.metrics import cmmd
 from lmc.priors import DiffusersPrior
 from lmc.priors.small import TextDenoiser, sample, scheduler
+from lmc.release import release
 from lmc.shards.images import ImageStream, to_uint8, write_shard
 from lmc.training.labelled import check_labels
 from lmc.training.prior import PriorTraining
@@ -78,6 +80,30 @@ def test_what_is_trained_is_a_prior_like_any_other(data, tmp_path):
     assert list((tmp_path / "validation").glob("samples_*.png"))
     logged = cli.trainer.callback_metrics
     assert 0 < logged["heldout/loss"] < 10
+
+
+def test_it_is_released_as_a_pipeline(data, tmp_path):
+    """That loads like any other, with a card; and is replaced by the next."""
+    fit(*arguments(data, tmp_path / "run"))
+    out = tmp_path / "release"
+    terms = {"license": "cc-by-nc-4.0", "data": "cats and dogs, CC BY-NC 4.0"}
+    with pytest.raises(ValueError, match=r"has to state --data \(what it was trained on"):
+        release(tmp_path / "run", out=out, license="cc-by-nc-4.0")
+    assert not out.exists()
+    for _ in range(2):
+        release(tmp_path / "run", out=out, **terms)
+        card = huggingface_hub.ModelCard.load(out / "README.md")
+        assert (card.data.license, card.data.library_name) == ("cc-by-nc-4.0", "diffusers")
+        assert card.data.pipeline_tag == "text-to-image"
+        assert "'a photo of a cat', 'a photo of a dog', of 8 x 8 pixels" in card.text
+        assert "Trained on: cats and dogs, CC BY-NC 4.0" in card.text
+        identities = [DiffusersPrior(str(x)).identity for x in (out, tmp_path / "run/prior")]
+        assert identities[0]["digest"] == identities[1]["digest"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    (tmp_path / "mine" / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is there and is no release"):
+        release(tmp_path / "run", out=tmp_path / "mine", **terms)
 
 
 def test_samples_are_judged(data, tmp_path, monkeypatch):
