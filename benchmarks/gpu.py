@@ -10,6 +10,7 @@ builds tiny networks, to see on a CPU that everything is in its place.
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
 
 from lmc.corrector import Corrector
@@ -139,8 +141,6 @@ PRIORS: dict[str, Any] = {"if-m": build_if_m, "sd15": build_sd15}
 
 def write_pictures(folder: Path, size: int, count: int = 64) -> str:
     """Shards of noise, train and heldout; the folder as a string."""
-    import io
-
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "heldout"):
         samples = []
@@ -161,8 +161,6 @@ class NoWaits(Timed):
         self.trainer.callbacks.remove(self.parts)
         start, end = "on_train_batch_start", "on_train_batch_end"
         mode = torch.cuda.set_sync_debug_mode
-        from lightning.pytorch.callbacks import LambdaCallback
-
         hooks = {start: lambda t, *_: mode("error" if t.global_step > 1 else "default")}
         hooks |= {end: lambda *_: mode("default")}
         self.trainer.callbacks.append(LambdaCallback(**hooks))
