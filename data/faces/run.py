@@ -3,7 +3,7 @@
     python data/faces/run.py --photographs faces --cats afhq
 
 Makes the shards, trains a prior, a CLIP and the corrector, then a translator with each loss and
-seed, and measures them on the held-out cats, by a classifier of ImageNet's too (`lmc[judge]`),
+seed, and measures them on the held-out cats, by a classifier of ImageNet's too (`lmc-sds[judge]`),
 beside real pictures, the prior's own samples and DreamSampler's edits. runs/faces/report.html is
 the page to look at. Every step goes on where it was stopped, and what is done is not done again.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from lmc.errors import one_line
+from lmc.errors import needs, one_line
 from lmc.typos import check_names, named_options
 
 # By name: where it is, and what it does. A command may be several, by the next word.
@@ -62,6 +62,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dreamsampler deblur": ("lmc.one_image.dreamsampling.Deblur", "sharpen a blurred image"),
 }
 
+# What extra is enough for a command: these, and 'train' for all others but `translate`.
+EVALUATION = ("evaluate", "report")
 
 # Of trainings: what a configuration that a command takes is one of.
 STAGES = {
@@ -95,6 +97,12 @@ def run(args: Sequence[str]) -> None:
         sys.exit(0 if asked else 2)
     words = args[len(name.split()) :]
     check_options(name, words)
+    with needs(f"lmc {name}", "evaluate" if name in EVALUATION else "train"):
+        _run(name, words)
+
+
+def _run(name: str, words: Sequence[str]) -> None:
+    """Run a command, with the words behind its name."""
     if name in STAGES:
         files = itertools.takewhile(lambda word: not word.startswith("-"), words)
         check_names(*STAGES[name], ["fit", *(f"--config={file}" for file in files)])

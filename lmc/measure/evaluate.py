@@ -161,7 +161,7 @@ class Tools:
         inception = tried("kid, fid", lambda: load_inception(device, offline)) if sets else None
         if sets and classifier and importlib.util.find_spec("torch_fidelity") is None:
             left_out.append(
-                "classifier_kid left out: torch-fidelity is not installed: pip install 'lmc[fid]'"
+                "classifier_kid left out: torch-fidelity is not installed: pip install 'lmc-sds[fid]'"
             )
         return cls(found, model, inception, left_out, truth, classifier)
 

@@ -465,7 +465,7 @@ def load_inception(device: torch.device | str = "cpu", offline: bool = False) ->
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as inception
     except ImportError as error:
-        raise MissingWeights("torch-fidelity is not installed: pip install 'lmc[fid]'") from error
+        raise MissingWeights("torch-fidelity is not installed: pip install 'lmc-sds[fid]'") from error
     file = _fetched(inception.URL_INCEPTION_V3, offline)
     try:
         network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))

@@ -1,4 +1,7 @@
-"""Shards to batches of samples: which shards, in which order, from where on. No noise."""
+"""Shards to batches of samples: which shards, in which order, from where on. No noise.
+
+webdataset is imported where shards are read: pictures and networks do without it.
+"""
 
 import glob
 import itertools
@@ -11,9 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from lmc.files import whole
 
@@ -91,6 +92,8 @@ def _expanded(shards: str | Sequence[str], where: str = "") -> list[str]:
 
 def _alternatives(pattern: str) -> list[str]:
     """What a pattern of webdataset's stands for: braces, 'A::B', ${NAME} for WDS_NAME."""
+    import webdataset as wds
+
     if os.path.exists(pattern):  # a file's name is no pattern; thus expanded twice is once
         return [pattern]
     try:
@@ -236,6 +239,8 @@ class ShardStream(IterableDataset):
 
     def _endless(self, worker: int) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
         """Samples and the position after each, from where the worker's stream is, without end."""
+        import webdataset as wds
+
         number, offset = self.positions.get(worker, (0, 0))
         rounds_a_pass = -(-len(self.urls) // ROUND)
         while True:
@@ -284,6 +289,8 @@ class ShardStream(IterableDataset):
 
     def samples(self, urls: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Raw samples of some shards, in order; the first `limit` of them, or all."""
+        import webdataset as wds
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def every() -> Iterator[dict[str, Any]]:
             for url in urls:
@@ -345,6 +352,8 @@ def check_rank(rank: int, world_size: int) -> None:
 
 def write_members(path: Path, samples: Iterable[dict[str, Any]]) -> int:
     """Write one shard of any samples, as `write_shard`: "__key__" and bytes by suffix each."""
+    import webdataset as wds
+
     count = 0
     with (
         whole(path) as partial,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lmc.errors import message, one_line
+from lmc.errors import message, needs, one_line
 from lmc.typos import check_names
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def train(stage: str, args: Sequence[str] | None, program: str) -> "TrainingCLI"
         SystemExit: with a line, which Python prints, and status 1.
     """
     module, name = STAGES[stage]
-    with one_line(program):
+    with one_line(program), needs(program, "train"):
         check_names(module, name, sys.argv[1:] if args is None else args)
         from lmc.training.cli import TrainingCLI
 
