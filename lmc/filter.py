@@ -157,11 +157,6 @@ class HybridCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
             self.arguments["closed_form"] = kept
         self.closed_form.load_state_dict(closed_form.state_dict())
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any network of the hub; with what `begin_with` has changed."""
-        config = kwargs.pop("config", None) or self.arguments  # push_to_hub gives None
-        return super().save_pretrained(*args, config=config, **kwargs)
-
 
 def _own(statistics: Statistics) -> Statistics:
     """Those of a hybrid's closed form by itself."""

@@ -1,7 +1,9 @@
 """Trained networks, from checkpoints, run folders, releases and the hub. No Lightning."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -24,6 +26,19 @@ CORRECTORS: dict[str, type[ReleasedCorrector]] = {
 
 def load_averaged(checkpoint: Path, best: bool = False) -> tuple[Network, int]:
     """The network in a training checkpoint, with its averaged weights, and the step it is from.
+
+    Args:
+        checkpoint, best: see `read_checkpoint`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_checkpoint`.
+    """
+    state = read_checkpoint(checkpoint, best)
+    return averaged_of(state), state["global_step"]
+
+
+def read_checkpoint(checkpoint: Path, best: bool = False) -> dict[str, Any]:
+    """What a training checkpoint of a network holds.
 
     Args:
         checkpoint: last.ckpt, or the run folder that holds checkpoints/last.ckpt.
@@ -52,6 +67,13 @@ def load_averaged(checkpoint: Path, best: bool = False) -> tuple[Network, int]:
     about = state.get("network") if isinstance(state, dict) else None
     if about is None or about["class"] not in KINDS:
         raise ValueError(f"{file} is no checkpoint of train_bias.py or train_translator.py")
+    found: dict[str, Any] = state
+    return found
+
+
+def averaged_of(state: Mapping[str, Any]) -> Network:
+    """The network of a checkpoint, with its averaged weights, in evaluation mode."""
+    about = state["network"]
     network = KINDS[about["class"]](**about["config"])
     prefix = "ema.module."
     weights = {
@@ -60,7 +82,7 @@ def load_averaged(checkpoint: Path, best: bool = False) -> tuple[Network, int]:
         if name.startswith(prefix)
     }
     network.load_state_dict(weights)
-    return network.eval(), state["global_step"]
+    return network.eval()
 
 
 def load_network(folder: str) -> Network:

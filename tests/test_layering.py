@@ -16,7 +16,7 @@ ORDER = (
     *("corrector", "filter", "translator", "load", "translate"),
     *("losses", "specs", "patches", "optimize", "dreamsampler"),
     "measure",
-    *("release", "closed_form"),
+    *("card", "release", "closed_form"),
     "one_image",
     "training",
     "compare",

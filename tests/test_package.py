@@ -108,7 +108,8 @@ for command in sys.argv[1:]:
 """
     done = light(code, *commands)
     for (command, extra), line in zip(commands.items(), done.stdout.splitlines(), strict=True):
-        expected = rf"lmc: lmc {command.split()[0]}[ a-z]* needs \w+, which is not installed: .*'lmc-sds\[{extra}\]'"
+        expected = rf"lmc: lmc {command.split()[0]}[ a-z]* needs \w+, which is not installed: "
+        expected += rf"pip install 'lmc-sds\[{extra}\]'"
         assert re.fullmatch(expected, line), line
 
 
@@ -146,7 +147,9 @@ def test_a_wheel_is_all_that_is_needed(tmp_path):
 
     def run(name: str, *args: object) -> str:
         command = [str(home / "bin" / name), *map(str, args)]
-        done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, text=True)
+        done = subprocess.run(
+            command, capture_output=True, cwd=tmp_path, env=environment, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

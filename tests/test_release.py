@@ -10,12 +10,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_package import light
 
 import lmc.release
 import train_translator
 from lmc.corrector import Corrector
-from lmc.filter import FilterCorrector
+from lmc.filter import FilterCorrector, HybridCorrector
+from lmc.hub import FORMAT
 from lmc.load import load_averaged, load_corrector, load_network, load_translator
 from lmc.losses import LMC
 from lmc.release import Terms, read_results, stated, write_release
@@ -26,6 +29,7 @@ import worlds
 from worlds import TERMS, release
 
 ROOT = Path(__file__).parents[1]
+RELEASED = sorted(path.parent for path in ROOT.glob("tests/releases/*/*/config.json"))
 PRIOR = {"pretrained": "some/prior", "digest": "0123", "image_size": 16}
 
 
@@ -69,7 +73,7 @@ def test_a_training_is_released_with_its_averaged_weights(tiny_prior_folder, tmp
     args = worlds.translator_args(tiny_prior_folder, data, tmp_path / "run", "SDS")
     states = [f"--release.{name}={value}" for name, value in TERMS.items()]
     train_translator.main([*args, "--model.norm=group", *states])
-    lmc.release.release(tmp_path / "run", out=tmp_path / "out")
+    lmc.release.release(tmp_path / "run", out=tmp_path / "out", unmeasured=True)
     assert header(tmp_path / "out")["license"] == TERMS["license"]
     translator = Translator.from_pretrained(tmp_path / "out")
     expected = averaged(tmp_path / "run")
@@ -108,8 +112,8 @@ def test_the_card_shows_what_was_measured(tmp_path):
     run = translator_run(tmp_path / "run")
     release(run, tmp_path / "out", results=results, picture=picture)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| clip_score | 0.2612 |" in card and "| images | 278 |" in card
-    assert "nested" not in card
+    assert "| CLIP score | 0.261 |" in card and "| images | 278 |" in card
+    assert "nested" not in card and "| name" not in card
     assert 'Translator.from_pretrained("…")' in card and "1234 steps" in card
     assert "dog, bear" in card and "![samples](samples.png)" in card
     assert (tmp_path / "out" / "samples.png").read_bytes() == picture.read_bytes()
@@ -119,20 +123,28 @@ def test_the_card_shows_what_was_measured(tmp_path):
     "network",
     [
         Translator(["dog"], 16, [8, 16]),
-        Corrector(3, [8, 8], prior=PRIOR),
+        Corrector(4, [8, 8, 8], bounded=False, prior=PRIOR),
         FilterCorrector(3, 8, prior=PRIOR),
+        HybridCorrector(3, {"size": 8}, [8, 8], prior=PRIOR),
     ],
     ids=lambda network: type(network).__name__,
 )
-def test_the_card_s_snippet_runs(tmp_path, network):
-    """Of every kind there is: its class can be imported as the card says."""
+def test_the_card_s_snippet_runs(tmp_path, network, monkeypatch):
+    """Of every kind there is, as it stands but for the name of the release."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (30, 20), "green").save("cat.jpg")
     write_release(network, tmp_path / "out", "by hand", Terms(**TERMS))
     card = (tmp_path / "out" / "README.md").read_text()
     snippet = card.split("```python\n")[1].split("```")[0].replace("…", str(tmp_path / "out"))
     names: dict = {}
     exec(snippet, names)
-    assert type(names["network"]) is type(network)
-    assert_weights(names["network"], network.state_dict())
+    (loaded,) = (each for each in names.values() if type(each) is type(network))
+    assert_weights(loaded, network.state_dict())
+    assert not loaded.training
+    if isinstance(network, Translator):
+        assert Image.open("dog.png").size == (30, 20)
+    else:
+        assert names["b"].shape == names["z"].shape
 
 
 def header(out: Path) -> dict:
@@ -149,7 +161,7 @@ def header(out: Path) -> dict:
 def test_the_card_states_the_licences(tmp_path):
     release(translator_run(tmp_path / "run"), tmp_path / "out")
     assert header(tmp_path / "out") == {
-        "library_name": "lmc",
+        "library_name": "lmc-sds",
         "license": "cc0-1.0",
         "tags": ["score-distillation", "lmc-sds", "image-to-image"],
         "pipeline_tag": "image-to-image",
@@ -233,15 +245,239 @@ def test_a_config_that_states_something_else_is_refused(tmp_path):
 def test_results_are_a_row_of_a_file(tmp_path):
     file = tmp_path / "results.json"
     file.write_text('{"lmc": {"clip_score": 1.0}}')
-    assert read_results(file, "lmc") == {"clip_score": 1.0} and read_results(None, None) == {}
+    assert read_results(file, "lmc").values == {"clip_score": {"value": 1.0}}
     with pytest.raises(ValueError, match="no row 'sds'; it has lmc"):
         read_results(file, "sds")
+    with pytest.raises(ValueError, match=r"results\.json holds no numbers: --results is"):
+        read_results(file)
+    run = translator_run(tmp_path / "run")
     with pytest.raises(ValueError, match="--row lmc is of --results"):
-        read_results(None, "lmc")
+        release(run, tmp_path / "out", row="lmc")
+    with pytest.raises(ValueError, match="--unmeasured is of a release without --results"):
+        release(run, tmp_path / "out", results=file, row="lmc", unmeasured=True)
     for text in ("[1]", "{", "\x80"):
         file.write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=r"results\.json holds no JSON"):
             read_results(file, None)
+
+
+RESULT = {
+    "settings": {"classes": ["dog", "bear"], "clip": "some/clip"},
+    "heldout": {"count": 24, "digest": "0123456789abcdef0123"},
+    "rows": {
+        name: {
+            "summary": {
+                "spectrum_error": {"value": number, "low": None, "high": None},
+                "lpips": {"value": number, "low": number - 0.25, "high": number + 0.25},
+                "r_precision": {"value": number, "low": number - 0.5, "high": number + 0.5},
+                "mean_red": {"value": 9.0, "low": 9.0, "high": 9.0},
+                "odd": {"value": float("nan"), "low": None, "high": None},
+            }
+        }
+        for name, number in (("source", 0.5), ("mine", 0.75))
+    },
+}
+
+
+def test_the_card_s_table_has_intervals_and_the_hub_the_figures(tmp_path):
+    """By the headings and in the order of the evaluation's own table, beside the source's."""
+    run, file = translator_run(tmp_path / "run"), tmp_path / "results.json"
+    file.write_text(json.dumps(RESULT))
+    release(run, tmp_path / "lions", results=file, datasets=["me/cats"])
+    loaded = huggingface_hub.ModelCard.load(tmp_path / "lions" / "README.md")
+    rows = [line for line in loaded.text.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| measure | this network | untouched source |",
+        "| LPIPS to source | 0.750 [0.500, 1.000] | 0.500 [0.250, 0.750] |",
+        "| R-Precision (some/clip) | 0.750 [0.250, 1.250] | 0.500 [0.000, 1.000] |",
+        "| spectrum error | 0.750 | 0.500 |",
+        "| odd | nan | nan |",
+    ]
+    assert "24 held-out pictures, each to dog, bear" in loaded.text
+    assert "the pictures' digest is 0123456789abcdef)" in loaded.text
+    assert loaded.data.model_name == "lions"
+    found = {each.metric_type: each for each in loaded.data.eval_results}
+    assert found.keys() == {"lpips", "r_precision", "spectrum_error"}
+    assert found["r_precision"].metric_value == 0.75
+    assert found["r_precision"].metric_name == "R-Precision (some/clip)"
+    assert found["lpips"].task_type == "image-to-image"
+    assert found["lpips"].dataset_type == "me/cats"
+    assert found["lpips"].dataset_name == TERMS["data"]
+
+
+def test_of_several_rows_one_is_named(tmp_path):
+    file = tmp_path / "results.json"
+    rows = {**RESULT["rows"], "other": RESULT["rows"]["mine"]}
+    file.write_text(json.dumps({**RESULT, "rows": rows}))
+    with pytest.raises(ValueError, match="has the rows mine, other: --row names one of them"):
+        read_results(file)
+    assert read_results(file, "source").source == {}
+
+
+def test_a_translator_that_was_not_measured_is_refused_unless_it_is_said(tmp_path):
+    run = translator_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"--results FILE of lmc evaluate .* or --unmeasured"):
+        release(run, tmp_path / "out", unmeasured=False)
+    assert not (tmp_path / "out").exists()
+    release(run, tmp_path / "out", unmeasured=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Nothing was measured." in card and "model-index" not in card
+
+
+def test_a_corrector_s_card_has_what_its_training_measured(tmp_path):
+    run = corrector_run(tmp_path / "run")
+    file = run / "heldout.json"
+    with pytest.raises(ValueError, match=f"{file} is not there: --results FILE, or --unm"):
+        release(run, tmp_path / "out", unmeasured=False)
+    file.write_text(json.dumps({"step": 7, "measured": {}}))
+    with pytest.raises(ValueError, match=f"{file} is of step 7, the weights are of step 1234"):
+        release(run, tmp_path / "out", unmeasured=False)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=f"{file} has no 'step'"):
+        release(run, tmp_path / "out", unmeasured=False)
+    measured = {"loss": 0.01234, "identity_loss": 0.5, "loss/t0.3": 0.7}
+    file.write_text(json.dumps({"step": 1234, "measured": measured}))
+    release(run, tmp_path / "out", unmeasured=False)
+    card = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert "| loss | 0.01234 |\n| identity_loss | 0.5 |\n\n" in card.text
+    assert [each.metric_type for each in card.data.eval_results] == ["loss", "identity_loss"]
+
+
+def test_the_card_says_how_it_was_trained(tmp_path):
+    """Loss, ω, corrector and prior with their digests; the configuration lies beside it."""
+    run = translator_run(tmp_path / "run")
+    file = run / "checkpoints" / "last.ckpt"
+    state = torch.load(file, weights_only=True)
+    state["batch"] = 32
+    state["identities"] = {
+        "model.prior.init_args.pretrained": {**PRIOR, "prediction_type": "epsilon"},
+        "model.loss.init_args.corrector": {"digest": "89ab"},
+    }
+    torch.save(state, file)
+    options = {"corrector": "runs/c", "guidance_scale": 15.0, "chain_alpha": False, "x": None}
+    loss = {"class_path": "lmc.losses.LMC", "init_args": options}
+    config = yaml.safe_dump({"model": {"loss": loss}})
+    (run / "config.yaml").write_text(config)
+    release(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "1234 steps of 32 images; averaged weights." in card
+    assert "Loss: `lmc.losses.LMC`, guidance scale ω = 15 (chain_alpha false)\n" in card
+    assert "corrector: `runs/c`, digest `89ab`\n" in card
+    assert "Prior: `some/prior`, epsilon, digest of its denoiser `0123`\n" in card
+    assert "[training.yaml](training.yaml)" in card
+    assert (tmp_path / "out" / "training.yaml").read_text() == config
+    release(run, tmp_path / "out")  # replaces it
+    for heading in ("How to use", "Measured", "Training", "Intended use", "Limits", "Licences"):
+        assert f"\n## {heading}\n" in card
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=lambda x: f"{x.parent.name} {x.name}")
+def test_releases_of_before_give_what_they_gave(folder):
+    """Of every version and kind; other machines add up in another order."""
+    with safe_open(folder / "expected.st", "pt") as file:
+        expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = file.metadata() or {}
+    network = load_network(str(folder))
+    with torch.no_grad():
+        if isinstance(network, Translator):
+            found, wanted = network(expected["image"], expected["class_id"]), expected["output"]
+        else:
+            x, wanted = (expected[name] for name in ("z", "t", "z_hat")), expected["b"]
+            found = network.correct(*x)
+            assert network.digest() == about["digest"], "that trainings have recorded"
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert wanted.std() > 0.1 and len(wanted.unique()) > wanted.numel() // 4
+
+
+def test_every_kind_of_release_is_kept():
+    """Of the first version, and of this one where its format is another."""
+    kinds = {"Translator", "Corrector", "FilterCorrector", "HybridCorrector"}
+    by_format: dict = {}
+    for folder in RELEASED:
+        number = json.loads((folder / "config.json").read_text()).get("format", 0)
+        by_format.setdefault(number, set()).add(type(load_network(str(folder))).__name__)
+    assert by_format == dict.fromkeys(range(FORMAT + 1), kinds)
+
+
+def test_another_format_is_refused(tmp_path):
+    Translator(["dog"], 16, [8, 16]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert (config["format"], config["kind"]) == (FORMAT, "Translator")
+    for number in (FORMAT + 1, "1", None):
+        file.write_text(json.dumps({**config, "format": number}))
+        for load in (load_network, Translator.from_pretrained):
+            with pytest.raises(
+                ValueError, match=f"{tmp_path} is of format {number!r} of rel.*--up"
+            ):
+                load(str(tmp_path))
+    file.write_text(json.dumps({**config, "attention": True}))
+    with pytest.raises(ValueError, match=r"no Translator that lmc-sds .*has 'attention'"):
+        load_network(str(tmp_path))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_another_kind_of_network_is_refused_by_its_own_class(tmp_path, old):
+    networks = (
+        Translator(["dog"], 16, [8, 16]),
+        Corrector(widths=[8, 8], prior=PRIOR),
+        FilterCorrector(3, 8, prior=PRIOR),
+    )
+    for network in networks:
+        folder = tmp_path / type(network).__name__
+        network.save_pretrained(folder)
+        if old:
+            config = json.loads((folder / "config.json").read_text())
+            kept = {k: v for k, v in config.items() if k not in ("format", "kind")}
+            (folder / "config.json").write_text(json.dumps(kept))
+        for kind in (Translator, Corrector, FilterCorrector, HybridCorrector):
+            if kind is not type(network):
+                said = f"{folder} is (no {kind.__name__}|the release of a {type(network).__name__})"
+                with pytest.raises(ValueError, match=said):
+                    kind.from_pretrained(folder)
+
+
+def test_from_pretrained_takes_what_the_hub_needs(two_revisions, tmp_path):
+    """A revision, either way; a cache elsewhere, in which there is nothing."""
+    expected = two_revisions["me/translator@v1"].state_dict()
+    assert_weights(Translator.from_pretrained("me/translator", revision="v1"), expected)
+    assert_weights(Translator.from_pretrained("me/translator@v1"), expected)
+    with pytest.raises(FileNotFoundError, match="no release at me/translator: no such folder"):
+        Translator.from_pretrained("me/translator", cache_dir=tmp_path / "other", token="none")
+
+
+def test_a_release_is_reloaded_bit_for_bit_where_there_is_no_lightning(tmp_path):
+    """By a process that has only the light install."""
+    torch.manual_seed(0)
+    config = {"classes": ["dog", "bear"], "image_size": 16, "widths": [8, 16], "norm": "group"}
+    run = write_run(tmp_path / "run", Translator(**config), config)
+    release(run, tmp_path / "translator")
+    release(corrector_run(tmp_path / "bias"), tmp_path / "corrector")
+    image, t = torch.rand(3, 3, 16, 16) * 2 - 1, torch.tensor([0.1, 0.5, 0.9])
+    with torch.no_grad():
+        translated = load_averaged(run)[0](image, torch.tensor([0, 1, 0]))
+        corrected = load_averaged(tmp_path / "bias")[0].correct(image, t, -image)
+    save_file({"image": image, "t": t}, tmp_path / "inputs")
+    code = """
+import torch
+from safetensors.torch import load_file, save_file
+from lmc import Corrector, Translator
+torch.set_num_threads(1)
+folder = sys.argv[1]
+x = load_file(f"{folder}/inputs")
+with torch.no_grad():
+    translator = Translator.from_pretrained(f"{folder}/translator")
+    translated = translator(x["image"], translator.class_ids(["dog", "bear", "dog"]))
+    corrector = Corrector.from_pretrained(f"{folder}/corrector")
+    corrected = corrector.correct(x["image"], x["t"], -x["image"])
+save_file({"translated": translated, "corrected": corrected}, f"{folder}/outputs")
+assert "lightning" not in sys.modules
+"""
+    done = light(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "outputs")
+    assert torch.equal(found["translated"], translated)
+    assert torch.equal(found["corrected"], corrected)
 
 
 def test_no_pickle_is_released(tmp_path):
@@ -378,7 +614,7 @@ def test_a_hub_id_is_told_by_the_config_of_its_cache(tmp_path, monkeypatch, kind
     assert type(found) is type(network)
     assert_weights(found, network.state_dict())
     if kind == "translator":
-        with pytest.raises(ValueError, match=r"me/translator .*has classes, gated, image_size"):
+        with pytest.raises(ValueError, match=r"me/translator is the .* kind is 'Translator'$"):
             load_corrector(f"me/{kind}")
     else:
         assert type(load_corrector(f"me/{kind}")) is type(network)
@@ -453,6 +689,7 @@ def test_a_networks_arguments_are_what_its_release_says(tmp_path, network):
     """The library keeps them too, under a private name, and writes them: both must agree."""
     network.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
+    assert (written.pop("format"), written.pop("kind")) == (FORMAT, type(network).__name__)
     assert json.loads(json.dumps(network.arguments)) == written
     assert {"self", *written} == set(inspect.signature(type(network).__init__).parameters)
     for again in (copy.deepcopy(network), type(network).from_pretrained(tmp_path)):

@@ -42,7 +42,8 @@ def nameless(device):
 def release(run: Path, out: Path, **more: Any) -> None:
     """lmc.release.release, with what has to be stated, and without a word."""
     with redirect_stdout(io.StringIO()):
-        lmc.release.release(run, out=out, **{**TERMS, **more})
+        more = {"unmeasured": "results" not in more, **TERMS, **more}
+        lmc.release.release(run, out=out, **more)
 
 
 def png(image: torch.Tensor, mode: str = "RGB", suffix: str = "png") -> bytes:

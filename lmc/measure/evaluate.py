@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from lmc.measure.metrics import (
+    NO_FIDELITY,
     SMALLEST_LPIPS,
     Classifier,
     Clip,
@@ -160,9 +161,7 @@ class Tools:
         model = tried(of_clip, lambda: Clip(clip, device, offline))
         inception = tried("kid, fid", lambda: load_inception(device, offline)) if sets else None
         if sets and classifier and importlib.util.find_spec("torch_fidelity") is None:
-            left_out.append(
-                "classifier_kid left out: torch-fidelity is not installed: pip install 'lmc-sds[fid]'"
-            )
+            left_out.append(f"classifier_kid left out: {NO_FIDELITY}")
         return cls(found, model, inception, left_out, truth, classifier)
 
 

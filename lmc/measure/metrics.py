@@ -29,6 +29,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 BINS = 85
 SMALLEST_LPIPS = 31  # pixels, below which AlexNet's second pooling has nothing left to pool
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NO_FIDELITY = "torch-fidelity is not installed: pip install 'lmc-sds[fid]'"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -465,7 +466,7 @@ def load_inception(device: torch.device | str = "cpu", offline: bool = False) ->
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as inception
     except ImportError as error:
-        raise MissingWeights("torch-fidelity is not installed: pip install 'lmc-sds[fid]'") from error
+        raise MissingWeights(NO_FIDELITY) from error
     file = _fetched(inception.URL_INCEPTION_V3, offline)
     try:
         network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))

@@ -133,7 +133,7 @@ def measures_table(
     }
     lines = [[corner, *(head for head, _ in columns.values())]]
     for name, each in summaries.items():
-        cells = (_cell(each.get(key), form) for key, (_, form) in columns.items())
+        cells = (measured_cell(each.get(key), form) for key, (_, form) in columns.items())
         lines.append([name, *cells])
     return lines
 
@@ -145,7 +145,7 @@ def class_table(
     lines = [["R-Precision", *classes]]
     for name, each in summaries.items():
         cells = each["r_precision"]["by_class"].values()
-        lines.append([name, *(_cell(cell, ".3f") for cell in cells)])
+        lines.append([name, *(measured_cell(cell, ".3f") for cell in cells)])
     return lines
 
 
@@ -162,7 +162,7 @@ def edits_table(
     lines = [["loss", "ω", f"{distance} to source", "CLIP score", "spectrum error"]]
     for (loss, scale), each in {("source", "–"): source, **rows}.items():
         names = ("distance", "clip_score", "spectrum_error")
-        cells = [_cell(each.get(name), ".3f") for name in names]
+        cells = [measured_cell(each.get(name), ".3f") for name in names]
         lines.append([loss, scale, *cells])
     return lines
 
@@ -172,7 +172,8 @@ def candidates_text(result: Mapping[str, Any]) -> str:
     return f"R-Precision ranks among {', '.join(map(repr, result['settings']['candidates']))}."
 
 
-def _cell(about: Mapping[str, Any] | None, form: str) -> str:
+def measured_cell(about: Mapping[str, Any] | None, form: str) -> str:
+    """A value with its interval, or KID's deviation; a dash of None."""
     if about is None:
         return "–"
     value = format(about["value"], form)

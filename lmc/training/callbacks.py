@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lmc.files import whole
+from lmc.files import whole, write_json
 from lmc.progress import Progress
 from lmc.training.about import About
 from lmc.training.base import TrainingModule
@@ -185,6 +185,32 @@ class SaveBest(Callback):
             self.best, self.of = state["best"], state["of"]
         except (FileNotFoundError, UnpicklingError, RuntimeError, EOFError, KeyError):
             self.best = None
+
+
+class KeepMeasured(Callback):
+    """Keeps heldout.json: what the last look at the held-out images found, for the release's card.
+
+    Args:
+        file: the JSON.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it, on one process."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if not fitting or not trainer.is_global_zero:
+            return
+        found = {
+            name.removeprefix("heldout/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("heldout/")
+        }
+        try:
+            write_json(self.file, {"step": trainer.global_step, "measured": found})
+        except OSError as error:  # no reason to stop
+            print(f"{self.file} cannot be written: {error}", flush=True)
 
 
 class CheckFinite(Callback):

@@ -29,6 +29,7 @@ from lmc.training.base import TrainingModule
 from lmc.training.callbacks import (
     AtomicCheckpointIO,
     CheckFinite,
+    KeepMeasured,
     SaveBest,
     SaveLast,
     ShowProgress,
@@ -49,7 +50,8 @@ COUNTS = (
 class TrainingCLI(LightningCLI):
     """LightningCLI with a run folder.
 
-    config.yaml, those before it, TensorBoard events, checkpoints/, validation/, about.json.
+    config.yaml, those before it, TensorBoard events, checkpoints/, validation/, about.json,
+    heldout.json.
     """
 
     def __init__(self, model_class: type[TrainingModule], args: ArgsType = None) -> None:
@@ -185,6 +187,7 @@ class TrainingCLI(LightningCLI):
             best,
             Watch(progress, best),
             made_with,
+            KeepMeasured(run / "heldout.json"),
             KeepConfig(run / "config.yaml", text),
             processes.LeaveOnSignal(last.save, environment),
         ]

@@ -562,7 +562,9 @@ def test_no_class_is_imported_that_a_file_alone_names(world, trained, copy, tmp_
 def test_a_release_takes_its_numbers_from_a_comparison(finished):
     found = read_results(finished, "cond")
     row = results(finished)["cond"]["0"]
-    assert found["distance"] == pytest.approx(row["distance"]) and found["images"] == row["images"]
+    assert found.values["rmse"]["value"] == pytest.approx(row["distances"]["rmse"])
+    assert found.values["rmse"]["low"] < found.values["rmse"]["value"] and found.source
+    assert f"{row['images']} held-out pictures" in found.on
     with pytest.raises(ValueError, match="has no row 'dds'; it has source, cond, sds"):
         read_results(finished, "dds")
 

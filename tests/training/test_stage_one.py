@@ -74,12 +74,17 @@ def test_a_hybrid_is_one_run(tiny_prior_folder, data, tmp_path, monkeypatch, cap
     network, step = load_averaged(tmp_path / "run")
     assert isinstance(network, HybridCorrector) and step == 6
     assert torch.equal(network.closed_form.gain, wanted.gain)
-    worlds.release(tmp_path / "run", tmp_path / "release")
+    worlds.release(tmp_path / "run", tmp_path / "release", unmeasured=False)
     loaded = load_corrector(str(tmp_path / "release"))
     assert loaded.digest() == network.digest()
     loaded.check_prior(DiffusersPrior(str(tiny_prior_folder)).identity)
     card = (tmp_path / "release" / "README.md").read_text()
     assert "HybridCorrector.from_pretrained" in card
+    # What was measured at the end of the training is on the card, without being asked for.
+    found = json.loads((tmp_path / "run" / "heldout.json").read_text())
+    assert found["step"] == 6 and found["measured"]["loss"] > 0
+    assert f"| loss | {found['measured']['loss']:.4g} |" in card
+    assert "closed_form_loss" in card and "/t0" not in card
 
 
 def test_processes_have_one_closed_form(tiny_prior_folder, data, tmp_path):
