@@ -58,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _ in range(args.rounds):
             start = time.perf_counter()
             names = list(map(str, files))
-            translate(names, translator=args.translator, out=out, batch_size=args.batch)
+            translate(
+                names,
+                translator=args.translator,
+                out=out,
+                batch_size=args.batch,
+                overwrite=True,
+            )
             middle = time.perf_counter()
             floor(files, args.translator, out, args.batch)
             times["lmc translate"].append(middle - start)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 @contextmanager
@@ -32,3 +32,18 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError("in no known format") from error
     except Exception as error:  # of damaged data anything: struct.error, IndexError, zlib.error …
         raise ValueError(" ".join(str(error).split()) or repr(error)) from error
+
+
+def upright(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """An image as it is meant to be seen, and its alpha channel, mode L, if it has one.
+
+    Turned as its EXIF orientation says. What is transparent is shown on white, since any colour may
+    be stored there; an alpha channel that is opaque everywhere is none.
+    """
+    turned = ImageOps.exif_transpose(image)
+    if not turned.has_transparency_data:
+        return turned, None
+    layers = turned.convert("RGBA")
+    alpha = layers.getchannel("A")
+    shown = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    return shown, None if alpha.getextrema() == (255, 255) else alpha

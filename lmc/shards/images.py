@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,11 +77,15 @@ def decode_pixels(data: bytes, where: str = "image") -> Tensor:
     """`decode_image` as it is stored: uint8 (3, H, W); of 16 bits, float32 in [-1, 1]."""
     try:
         with opened(data) as image:
-            upright = ImageOps.exif_transpose(image)
-            sixteen = upright.mode.startswith("I")  # grey, which Pillow would clip to 8 bits
-            pixels = np.asarray(upright if sixteen else upright.convert("RGB"))
+            return pixels_of(ImageOps.exif_transpose(image))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """A picture's pixels, any mode as RGB: uint8 (3, H, W); of 16 bits, float32 in [-1, 1]."""
+    sixteen = image.mode.startswith("I")  # grey, which Pillow would clip to 8 bits
+    pixels = np.asarray(image if sixteen else image.convert("RGB"))
     if sixteen:
         grey = pixels.astype(np.float32).clip(0, 65535) / 65535 * 2 - 1
         return torch.from_numpy(grey).expand(3, -1, -1).clone()
@@ -103,11 +107,12 @@ def from_uint8(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def resize(image: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) to (B, C, size, size), antialiased and differentiable."""
-    if image.shape[-2:] == (size, size):
+def resize(image: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """(B, C, H, W) to (B, C, size, size), or to a height and width; antialiased, differentiable."""
+    sides = (size, size) if isinstance(size, int) else size
+    if image.shape[-2:] == sides:
         return image
-    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    return F.interpolate(image, sides, mode="bilinear", antialias=True)
 
 
 def middle_square(image: Tensor, size: int) -> Tensor:

@@ -27,9 +27,9 @@ OPTIONS = {
     "evaluate": "--translator --images --shards --real --clip --classes --source --prompt "
     "--candidates --against --beside --batch_size --num_workers --device --offline --out "
     "--named_by_prompt --eval_json",
-    "translate": "IMAGES --translator --to --out --device",
-    "release": "RUN --out --results --row --picture --license --license_name --license_link --data "
-    "--prior_license",
+    "translate": "IMAGES --translator --to --out --sheet --overwrite --batch_size --device",
+    "release": "RUN --out --results --row --unmeasured --picture --license --license_name "
+    "--license_link --data --prior_license",
     "closed_form": "TRAINING --config --out --triplets --bins --batch_size --seed --each_channel "
     "--statistics --device",
     "triplets": "TRAINING --config --out --times_per_image --batch_size --rank --world_size",
@@ -147,6 +147,63 @@ def test_translate_says_what_is_wrong_before_any_work(world, inputs, tmp_path, c
     assert "missing.png" in message(*inputs, "missing.png")
     assert "Corrector, not a Translator" in message(inputs[0], network="corrector")
     assert "no config.json" in message(inputs[0], network="shards")
+
+
+def test_translate_keeps_what_is_there_unless_told_to_replace_it(world, inputs, tmp_path, capsys):
+    out, sheet = tmp_path / "out", tmp_path / "sheet.png"
+    out.mkdir()
+    (out / "tall-bear.png").write_text("mine")
+    args = ("translate", *inputs, "--translator", world / "first", "--out", out)
+    said = error(capsys, *args)
+    assert said == f"lmc: {out}/tall-bear.png is there: name another place, or --overwrite it"
+    assert [file.read_text() for file in out.iterdir()] == ["mine"]
+    sheet.write_text("mine")
+    assert f"{sheet} is there" in error(capsys, *args, "--to", "dog", "--sheet", sheet)
+    main([*map(str, args), "--overwrite", f"--sheet={sheet}"])
+    assert len(list(out.iterdir())) == 4 and Image.open(out / "tall-bear.png").size == (16, 16)
+    # The source and each class beside it, 16 pixels as 96, by row.
+    shown = Image.open(sheet)
+    assert shown.size == (3 * 100 + 4, 2 * 100 + 16)
+    for row, stem in enumerate(("wide", "tall")):
+        for column, name in ((1, "dog"), (2, "bear")):
+            box = (4 + 100 * column, 16 + 100 * row, 100 + 100 * column, 112 + 100 * row)
+            tile = shown.crop(box).resize((16, 16), Image.Resampling.NEAREST)
+            assert tile.tobytes() == Image.open(out / f"{stem}-{name}.png").tobytes()
+
+
+def test_translate_reads_and_writes_pipes(world, inputs, tmp_path):
+    """One picture, and not a byte beside it, whatever the libraries say."""
+    args = [sys.executable, "-m", "lmc.cli", "translate", "-", "--translator", f"{world}/first"]
+    piped = subprocess.run(
+        [*args, "--to=bear", "--out", "-"], input=inputs[0].read_bytes(), capture_output=True
+    )
+    assert piped.returncode == 0, piped.stderr
+    main(["translate", str(inputs[0]), f"--translator={world}/first", f"--out={tmp_path}/out"])
+    assert piped.stdout == (tmp_path / "out" / "wide-bear.png").read_bytes()
+    broken = subprocess.run([*args, "--to=bear", "--out=-"], input=b"no", capture_output=True)
+    assert broken.returncode == 3 and not broken.stdout
+    assert b"1 of 1 files cannot be read: standard input: in no known format" in broken.stderr
+
+
+def test_translate_writes_one_picture_to_a_pipe(world, inputs, tmp_path, capsys):
+    for more, said in (([], "1 to 2 classes"), ([inputs[1], "--to", "dog"], "2 to 1 classes")):
+        args = ("translate", inputs[0], *more, "--translator", world / "first", "--out", "-")
+        assert f"--out - is for one picture, not {said}" in error(capsys, *args)
+
+
+def test_translate_keeps_alpha_and_orientation(world, tmp_path):
+    picture = Image.radial_gradient("L").resize((20, 30)).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize((20, 30)))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    args = ["--translator", f"{world}/first", "--to", "dog", "dog", "--out", str(tmp_path / "out")]
+    main(["translate", str(tmp_path / "a.png"), *args, f"--sheet={tmp_path}/sheet.png"])
+    (made,) = (tmp_path / "out").iterdir()
+    alpha = torch.tensor(list(Image.open(made).getchannel("A").tobytes())).view(16, 16)
+    assert (alpha.diff(dim=0) < 0).all(), "of the middle square, turned"
+    assert 255 * 0.75 < alpha[0, 0] < 255 * 0.85 and alpha[:, :1].eq(alpha).all()
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 100 + 4, 100 + 16)
 
 
 @pytest.mark.parametrize("device", ["cpuu", "cuda:99"])
