@@ -1,0 +1,3 @@
+"""LMC-SDS for threestudio, which imports what lies in custom/."""
+
+from . import guidance  # noqa: F401
