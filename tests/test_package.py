@@ -9,6 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 from test_layering import FILES, imports
 
 import lmc.errors
@@ -58,6 +59,14 @@ def test_the_extras_are_known_by_what_they_bring():
     assert set(re.findall(r"\w+", everything)) - {"lmc", "sds"} >= extras.keys() - {
         *("dev", "evaluate")
     }
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    first = re.search(r"^## (\S+) \(", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert citation["version"] == first == lmc.__version__
+    assert (ROOT / "tests/releases" / lmc.__version__).is_dir(), "python tests/releases/make.py"
+    assert citation["license"] == PROJECT["license"]
 
 
 def test_all_that_the_package_imports_is_a_requirement():
