@@ -293,7 +293,7 @@ def test_release_end_to_end(world, inputs, tmp_path, capsys):
     main([*args, "--row", "lmc", "--picture", str(inputs[0])])
     assert str(out) in capsys.readouterr().out
     card = (out / "README.md").read_text()
-    assert "| clip_score | 0.75 |" in card and "0.25" not in card
+    assert "| CLIP score | 0.750 |" in card and "0.25" not in card
     assert (out / "samples.png").exists()
     weights = Translator.from_pretrained(out).state_dict()
     for name, value in averaged(world / "run").items():
@@ -302,8 +302,11 @@ def test_release_end_to_end(world, inputs, tmp_path, capsys):
     evaluation = tmp_path / "evaluation.json"
     main([*evaluate_args(world, "first"), "--out", str(evaluation)])
     main([*args, "--results", str(evaluation), "--row", "first"])
-    value = json.loads(evaluation.read_text())["rows"]["first"]["summary"]["clip_score"]["value"]
-    assert f"| clip_score | {value:.4g} |" in (out / "README.md").read_text()
+    rows = json.loads(evaluation.read_text())["rows"]
+    cells = [rows[name]["summary"]["clip_score"] for name in ("first", "source")]
+    both = [f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in cells]
+    line = f"| CLIP score ({world}/clip) | {both[0]} | {both[1]} |"
+    assert line in (out / "README.md").read_text()
     capsys.readouterr()
     assert "train first" in error(capsys, "release", tmp_path / "none", "--out", out)
 

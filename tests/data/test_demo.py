@@ -198,4 +198,4 @@ def test_the_whole_demo_runs(tmp_path):
         network = load_network(str(out / "release" / name))
         kind = "HybridCorrector" if name == "corrector" else "Translator"
         assert type(network).__name__ == kind
-    assert "clip_score" in (out / "release" / "lmc" / "README.md").read_text()
+    assert "| CLIP score (" in (out / "release" / "lmc" / "README.md").read_text()

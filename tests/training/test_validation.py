@@ -436,15 +436,17 @@ def test_the_best_is_released(tiny_prior_folder, data, clip, tmp_path, monkeypat
     run = tmp_path / "run"
     scripted(monkeypatch, (0.5, 0.1), (0.4, 0.1))
     train_translator.main(args(tiny_prior_folder, data, run, clip))
-    main(["release", str(run), "--out", str(tmp_path / "best"), "--best", *worlds.STATED])
-    main(["release", str(run), "--out", str(tmp_path / "last"), *worlds.STATED])
+    stated = ["--unmeasured", *worlds.STATED]
+    main(["release", str(run), "--out", str(tmp_path / "best"), "--best", *stated])
+    main(["release", str(run), "--out", str(tmp_path / "last"), *stated])
     (network, step), (other, end) = load_averaged(run, best=True), load_averaged(run)
     assert (step, end) == (2, 3)
     weights, others = network.state_dict(), other.state_dict()
     assert any(not torch.equal(value, others[name]) for name, value in weights.items())
     card = (tmp_path / "best" / "README.md").read_text()
-    assert "2 steps, the best of the run by held-out R-Precision; averaged weights" in card
-    assert "3 steps; averaged weights" in (tmp_path / "last" / "README.md").read_text()
+    best = "2 steps of 4 images, the best of the run by held-out R-Precision; averaged weights"
+    assert best in card
+    assert "3 steps of 4 images; averaged" in (tmp_path / "last" / "README.md").read_text()
     for folder, wanted in (("best", weights), ("last", others)):
         released = type(network).from_pretrained(tmp_path / folder).state_dict()
         assert all(torch.equal(released[name], value) for name, value in wanted.items())
