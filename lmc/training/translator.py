@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lmc.corrector import BiasCorrector
-from lmc.device import Compile, compile_in_place
+from lmc.device import Compile, compile_in_place, to_device
 from lmc.errors import about, require
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.measure.evaluate import Prompts
@@ -20,7 +20,7 @@ from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
-from lmc.training.base import StepDecay, TrainingModule, leads, show, to_device
+from lmc.training.base import StepDecay, TrainingModule, leads, show
 from lmc.training.resume import covers
 from lmc.training.validation import Heldout, Validation, load_tools, load_truth
 from lmc.translator import Translator
