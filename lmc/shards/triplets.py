@@ -28,7 +28,7 @@ from torch import Tensor
 from lmc.priors import Embedding, Prior, check_identity, say_unchecked
 from lmc.schedule import TIME_RANGE, UniformTime, add_noise
 from lmc.shards.images import ImageBatch, as_floats, decode_pixels, resize
-from lmc.shards.stream import BrokenSample, ShardStream, about_of, where_of
+from lmc.shards.stream import BrokenSample, ShardStream, about_of, ahead, where_of
 
 RECORD = "triplets.json"  # beside the shards: what they were made with
 
@@ -174,7 +174,7 @@ def triplets_of(
     """
     null = prior.embed([""]).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    for batch in images:
+    for batch in ahead(images):
         if not len(batch.image):  # only broken samples were left for the last batch of a pass
             continue
         with torch.no_grad():
