@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if loss == "LMC":
                     chosen = [f"--model.loss.init_args.corrector={out / f'{name}-corrector'}"]
                 config = f"configs/{stage}/paper.yaml"
+                eager = [f"--model{x}.compile=false" for x in ("", ".prior.init_args")]
                 for compiled in args.compile:
                     flags = [f"--model.compile={compiled}"]
                     flags += [f"--model.prior.init_args.compile={compiled}"]
@@ -222,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(f"{what} …", flush=True)
                     rows[what] = measure(kind, config, args.steps, [*options, *chosen, *flags])
                 if torch.cuda.is_available():
-                    measure(kind, config, 4, [*options, *chosen], NoWaits)
+                    measure(kind, config, 4, [*options, *chosen, *eager], NoWaits)
                     rows[what]["waits"] = 0
     report(rows, args.json)
 
