@@ -41,13 +41,14 @@ WARM_UP = 4  # steps that are not counted
 
 
 class Parts(Callback):
-    """Times steps, and between them their parts."""
+    """Times steps, and between them their parts; or steps `alone`."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
+        self.alone = alone
         self.times: dict[str, list[float]] = {"step": []}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.parts = parts_of(module, trainer)
+        self.parts = {} if self.alone else parts_of(module, trainer)
         self.times |= {name: [] for name in self.parts}
         self.began = self.now(module)
 
@@ -160,9 +161,11 @@ def plain_loop(module: Any, image: Tensor, classes: Tensor, t: Tensor) -> Callab
 class Timed(TrainingCLI):
     """A training with `Parts` beside its own callbacks."""
 
+    alone = False
+
     def before_fit(self) -> None:
         super().before_fit()
-        self.parts = Parts()
+        self.parts = Parts(self.alone)
         self.trainer.callbacks.append(self.parts)
 
 
