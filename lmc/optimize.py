@@ -5,7 +5,7 @@ random patches of any size. What is moved is anything that renders images (`Rend
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -269,12 +269,17 @@ def optimize(
             source=task.embedding[1 + len(seeds) + rows] if loss.needs_source else None,
             negative=task.embedding[torch.full_like(rows, -1)],  # only some losses have one
             eps_fixed=eps_fixed[rows] if eps_fixed is not None else None,
+            described=[
+                task.embedding[len(task.prompts) + i * len(seeds) + rows]
+                for i in range(len(loss.suffixes))
+            ],
+            progress=step / settings.steps,
         )
         gradient = loss(prior, inputs).total
         finite.note(gradient, step, inputs.times(), [seeds[row] for row in numbers])
         if (step + 1) % CHECKED == 0 or step + 1 == settings.steps:
             finite.check()
-        if loss.learns:
+        for _ in range(loss.updates if loss.learns else 0):
             loss.learn(prior, replace(inputs, **draw()))
         whole = z if image is None else image
         score = surrogate(z, gradient).sum() / (len(rows) / len(seeds)) / z[0].numel()
@@ -304,17 +309,30 @@ def check_task(
     _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
 
 
-def embed(prior: Prior, prompts: Sequence[str], negative: Sequence[str]) -> Embedding:
-    """Embeddings of prompts, then of losses' negative prompts.
+def embed(
+    prior: Prior,
+    prompts: Sequence[str],
+    losses: Iterable[ScoreDistillation],
+    targets: Sequence[str],
+) -> Embedding:
+    """Embeddings of prompts, then of what losses ask besides (`further_prompts`) of some of them.
 
     Raises:
         ValueError: an unknown prompt of a class-conditional prior.
     """
+    losses = list(losses)
+    further = [prompt for loss in losses for prompt in loss.further_prompts(targets)]
     try:
-        return prior.embed([*prompts, *negative])
+        return prior.embed([*prompts, *further])
     except ValueError as error:
         prior.embed(prompts)  # where one of these is unknown, that is the error
-        raise ValueError(f"negative prompt: {error}; set negative_prompt to ''") from error
+        for loss in losses:
+            try:
+                prior.embed(loss.further_prompts(targets))
+            except ValueError as its_own:
+                said = f"the loss {loss.name!r}: {its_own}; {loss.prompts_note}"
+                raise ValueError(said) from error
+        raise
 
 
 class _Task:
@@ -356,14 +374,15 @@ class _Task:
             if source_prompts is None or len(source_prompts) != self.count:
                 raise ValueError(f"the loss {loss.name!r} needs a source prompt for each image")
             self.prompts += source_prompts
-        self.negative = [] if loss.negative_prompt is None else [loss.negative_prompt]
+        self.targets = list(prompts)
         if settings.whole_steps < settings.steps:
             self.sides = settings.sides(self.height, self.width, prior.image_size)
 
     def load(self, device: torch.device | str) -> None:
         """Load the prior and the loss; everything to `device`."""
         self.device = device
-        self.embedding = embed(self.prior, self.prompts, self.negative).to(device)
+        embedding = embed(self.prior, self.prompts, [self.loss], self.targets)
+        self.embedding = embedding.to(device)
         self.loss.prepare(self.prior, device)
         self.prior.to(device)
         self.renderer.to(device)

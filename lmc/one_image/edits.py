@@ -178,8 +178,7 @@ class Task:
     def embed(self) -> None:
         """All prompts, into the cache."""
         prompts = [p for each in self.edits for p in (each.source_prompt, each.prompt)]
-        negative = {loss.negative_prompt for loss in self.losses.values()}
-        embed(self.prior, prompts, [prompt for prompt in negative if prompt is not None])
+        embed(self.prior, prompts, self.losses.values(), [each.prompt for each in self.edits])
 
     def made_with(self) -> dict[str, Any]:
         """What the results follow from."""
