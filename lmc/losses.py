@@ -105,6 +105,7 @@ class ScoreDistillation(ABC):
         needs_source: `LossInputs` must have z_source and source.
         needs_prior: what `prepare` asks of the prior, in words; empty: nothing.
         evaluations_note: of what `evaluations` says, such as 'at most'; empty: it is exact.
+        by_default: it is among those that are compared where none are named.
         time: how t is drawn unless the user says otherwise.
         needs_shared_time: one t for the whole batch (`TimeSchedule.shared`).
         learns: it has weights of its own, which `learn` trains.
@@ -122,6 +123,7 @@ class ScoreDistillation(ABC):
     needs_source: ClassVar[bool] = False
     needs_prior: ClassVar[str] = ""
     evaluations_note: ClassVar[str] = ""
+    by_default: ClassVar[bool] = True
     time: ClassVar[TimeSchedule] = UniformTime()
     needs_shared_time: ClassVar[bool] = False
     learns: ClassVar[bool] = False
@@ -281,6 +283,7 @@ class CSD(Cond):
     """Classifier Score Distillation [Yu et al.]: `cond` under the name it was published by."""
 
     name = "csd"
+    by_default = False  # twice the same
 
 
 class LMC(ScoreDistillation):
@@ -843,6 +846,7 @@ class DVRF(ScoreDistillation):
     """
 
     name = "dvrf"
+    by_default = False  # few priors are flows
     needs_source = True
     needs_prior = "a flow prior"
     evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))

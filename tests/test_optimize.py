@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmc.losses import DDS, LMC, MSSDS, NFSD, PDS, SDI, SDS, VSD, Cond, LossInputs
+from lmc.losses import DDS, DVRF, LMC, MSSDS, SDS, Cond, LossInputs
 from lmc.optimize import (
     Comparison,
     Editing,
@@ -21,6 +21,7 @@ from lmc.optimize import (
 from lmc.patches import draw_window
 from lmc.priors import DiffusersPrior
 from lmc.schedule import FallingTime, UniformTime
+from lmc.specs import LOSSES
 
 from gaussian import GaussianPrior, power_spectrum, small_prior
 
@@ -231,7 +232,7 @@ def network(tiny_prior_folder):
     return DiffusersPrior(str(tiny_prior_folder))
 
 
-ALL = (SDS, Cond, LMC, DDS, NFSD, MSSDS, PDS, VSD, SDI)
+ALL = [loss for loss in LOSSES.values() if loss is not DVRF]  # which is for flow priors
 
 
 @pytest.mark.parametrize("loss_class", ALL, ids=lambda each: each.name)
