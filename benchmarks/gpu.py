@@ -139,17 +139,19 @@ def build_sd15(folder: Path, small: bool) -> None:
 PRIORS: dict[str, Any] = {"if-m": build_if_m, "sd15": build_sd15}
 
 
-def write_pictures(folder: Path, size: int, count: int = 64) -> str:
-    """Shards of noise, train and heldout; the folder as a string."""
+def write_pictures(folder: Path, size: int, count: int = 64, shards: int = 1) -> str:
+    """Shards of noise, train and heldout, `count` pictures each; the folder as a string."""
     generator = torch.Generator().manual_seed(0)
-    for split in ("train", "heldout"):
-        samples = []
-        for i in range(count):
-            noise = torch.randint(256, (size, size, 3), generator=generator, dtype=torch.uint8)
-            file = io.BytesIO()
-            Image.fromarray(noise.numpy()).save(file, "jpeg", quality=95)
-            samples.append((f"{split}{i:04d}", file.getvalue(), "jpg", {"label": "cat"}))
-        write_shard(folder / f"{split}-00000.tar", samples)
+    for split, parts in (("train", shards), ("heldout", 1)):
+        for part in range(parts):
+            samples = []
+            for i in range(count):
+                noise = torch.randint(256, (size, size, 3), generator=generator, dtype=torch.uint8)
+                file = io.BytesIO()
+                Image.fromarray(noise.numpy()).save(file, "jpeg", quality=95)
+                key = f"{split}{part:04d}{i:04d}"
+                samples.append((key, file.getvalue(), "jpg", {"label": "cat"}))
+            write_shard(folder / f"{split}-{part:05d}.tar", samples)
     return str(folder)
 
 
@@ -214,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if loss == "LMC":
                     chosen = [f"--model.loss.init_args.corrector={out / f'{name}-corrector'}"]
                 config = f"configs/{stage}/paper.yaml"
+                eager = [f"--model{x}.compile=false" for x in ("", ".prior.init_args")]
                 for compiled in args.compile:
                     flags = [f"--model.compile={compiled}"]
                     flags += [f"--model.prior.init_args.compile={compiled}"]
@@ -222,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(f"{what} …", flush=True)
                     rows[what] = measure(kind, config, args.steps, [*options, *chosen, *flags])
                 if torch.cuda.is_available():
-                    measure(kind, config, 4, [*options, *chosen], NoWaits)
+                    measure(kind, config, 4, [*options, *chosen, *eager], NoWaits)
                     rows[what]["waits"] = 0
     report(rows, args.json)
 

@@ -6,7 +6,8 @@
 The parts are what a step cannot do without: the denoiser at the same batch, the trained network
 forward and backward with Adam, the corrector forward, of a latent prior the VAE's encoder. After
 each step of a training, by its own loop with data, logging, average and checks, each part is run by
-itself with a network of its own.
+itself with a network of its own; and in stage two the step that public scripts have: a float32
+denoiser with its graph, source and target one after the other, a look at the loss at every step.
 The medians over all steps count, so that whatever else the machine does meets all of them.
 Prints a table, then JSON (or writes it to --json).
 """
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
+from lmc.priors import DiffusersPrior
 from lmc.shards.images import resize
 from lmc.training.bias import CorrectorTraining
 from lmc.training.cli import TrainingCLI
@@ -33,17 +36,19 @@ from lmc.training.translator import TranslatorTraining
 
 BIAS, TRANSLATOR = "configs/bias/demo.yaml", "configs/translator/demo.yaml"
 PARTS = ("step", "denoiser", "network, Adam", "corrector", "VAE")
+PLAIN = "plain loop"
 WARM_UP = 4  # steps that are not counted
 
 
 class Parts(Callback):
-    """Times steps, and between them their parts."""
+    """Times steps, and between them their parts; or steps `alone`."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
+        self.alone = alone
         self.times: dict[str, list[float]] = {"step": []}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.parts = parts_of(module, trainer)
+        self.parts = {} if self.alone else parts_of(module, trainer)
         self.times |= {name: [] for name in self.parts}
         self.began = self.now(module)
 
@@ -108,15 +113,59 @@ def parts_of(module: Any, trainer: Trainer) -> dict[str, Callable[[], Any]]:
     if name == "lmc":
         corrector = module.loss.corrector
         found["corrector"] = torch.no_grad()(lambda: corrector.correct(z, t, z))
+    if translates:
+        found[PLAIN] = plain_loop(module, image, given[1], t)
     return found
+
+
+def plain_loop(module: Any, image: Tensor, classes: Tensor, t: Tensor) -> Callable[[], None]:
+    """A step of LMC-SDS, SDS or DDS as public scripts have it, with networks of its own."""
+    prior = DiffusersPrior(module.prior.pretrained, dtype="float32")
+    prior.to(module.device)
+    texts = prior.embed(["", "a photo of a cat", "a photo of a dog"]).to(module.device)
+    network, loss = copy.deepcopy(module.network), module.loss
+    adam = torch.optim.Adam(network.parameters(), lr=1e-9)
+    alpha, sigma = prior.schedule.coefficients(t, torch.float32)
+    omega = loss.guidance_scale
+
+    def guided(z: Tensor, eps: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+        """eps_u and ω (eps_c − eps_u)."""
+        z_t = (alpha * z + sigma * eps).repeat(2, 1, 1, 1)
+        rows = torch.tensor([0, prompt], device=z.device).repeat_interleave(len(z))
+        # Its graph is kept, which no loss here asks for.
+        null, conditional = prior._predict(z_t, t.repeat(2), texts[rows])[0].chunk(2)
+        return null, omega * (conditional - null)
+
+    def step() -> None:
+        output = network(image, classes)
+        z = prior.encode(resize(output, prior.image_size))
+        eps = torch.randn_like(z)
+        null, guide = guided(z, eps, 2)
+        gradient = null + guide - eps
+        if loss.needs_source:
+            z_source = prior.encode(resize(image, prior.image_size))
+            gradient = gradient + eps - sum(guided(z_source, eps, 1))
+        elif loss.name == "lmc":
+            z_hat = (alpha * z + sigma * eps - sigma * null) / alpha
+            with torch.no_grad():
+                gradient = guide + alpha / sigma * (loss.corrector.correct(z, t, z_hat) - z_hat)
+        value = (gradient.detach() * z).mean() + (output - image).square().mean()
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        value.item()
+
+    return step
 
 
 class Timed(TrainingCLI):
     """A training with `Parts` beside its own callbacks."""
 
+    alone = False
+
     def before_fit(self) -> None:
         super().before_fit()
-        self.parts = Parts()
+        self.parts = Parts(self.alone)
         self.trainer.callbacks.append(self.parts)
 
 
@@ -158,11 +207,14 @@ def report(rows: Mapping[str, Mapping[str, float]], file: Path | None) -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads = torch.get_num_threads()
     where = f"{gpu or f'{os.cpu_count()} CPUs, {threads} threads'}, torch {torch.__version__}"
-    print(f"{where}\n| | {' | '.join(PARTS)} | step over the sum |\n|---|{'---|' * len(PARTS)}---|")
+    names = [*PARTS, "step over the sum", PLAIN, "that over the step"]
+    print(f"{where}\n| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for name, times in rows.items():
         cells = [f"{times[key]:.1f} ms" if key in times else "" for key in PARTS]
-        ratio = times["step"] / sum(times[key] for key in PARTS[1:] if key in times)
-        print(f"| {name} | {' | '.join(cells)} | {ratio:.3f} |")
+        cells.append(f"{times['step'] / sum(times[key] for key in PARTS[1:] if key in times):.3f}")
+        if PLAIN in times:
+            cells += [f"{times[PLAIN]:.1f} ms", f"{times[PLAIN] / times['step']:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
     figures = {"where": where, "rows": rows}
     print(json.dumps(figures))
     if file:

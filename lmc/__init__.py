@@ -16,6 +16,7 @@ _MODULES = {
     "lmc.losses": [
         *("ScoreDistillation", "LossInputs", "surrogate"),
         *("SDS", "Cond", "LMC", "DDS", "NFSD", "MSSDS", "PDS", "VSD", "SDI"),
+        *("CSD", "ASD", "Bridge", "DVRF", "DMD"),
     ],
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}

@@ -7,6 +7,13 @@ from typing import Any, Literal
 Compile = bool | Literal["default", "reduce-overhead"]
 
 
+def to_device(value: Any, device: Any) -> Any:
+    """A tensor of the host's on a device, without waiting for what that is doing."""
+    if device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
 def compile_in_place(module: Any, how: Compile) -> None:
     """`torch.nn.Module.compile`: slow first calls, then faster ones; its weights keep their names.
 

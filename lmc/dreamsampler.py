@@ -59,12 +59,15 @@ class DreamSampler:
 
     Args:
         steps: times on the grid: start · i / steps for i = steps, …, 1. Each costs one denoiser
-            evaluation an image at ω = 0 or 1, else two.
+            evaluation an image at ω = 0 or 1, else two; `as_published` always two.
         start: the first and highest time, in (0, 1).
         guidance_scale: ω, from the base prompt to the target; 0 is the base prompt's prediction.
         eta: η in [0, 1], the share of fresh noise.
         step_size: ζ.
         inner_steps: gradient steps on ψ at each t, towards one z_hat.
+        as_published: as the authors' code has it, whose pictures differ visibly: ᾱ_t ω in place of
+            ω, so that the prompt counts little at high noise, and eps_base as the eps_hat that is
+            taken along, so that only z_hat is guided.
 
     Raises:
         ValueError: a knob out of its range.
@@ -76,6 +79,7 @@ class DreamSampler:
     eta: float = 0.0
     step_size: float = 1.0
     inner_steps: int = 1
+    as_published: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "inner_steps"):
@@ -135,8 +139,12 @@ class DreamSampler:
                     deviation = self.eta * posterior_deviation(above, alpha_t)
                     eps_hat = mix_noise(eps_hat, _noise(z, generators), sigma_t, deviation)
                 z_t = add_noise(z, eps_hat, alpha_t, sigma_t)
-                eps_hat = _guided(prior, z_t, t, base, target, self.guidance_scale)
-                z_hat = ddim_step(z_t, eps_hat, (alpha_t, sigma_t), CLEAN)
+                scale: Tensor | float = self.guidance_scale
+                if self.as_published:
+                    scale = scale * alpha_t.square()
+                eps_base, guided = _guided(prior, z_t, t, base, target, scale)
+                eps_hat = eps_base if self.as_published else guided
+                z_hat = ddim_step(z_t, guided, (alpha_t, sigma_t), CLEAN)
                 above = alpha_t
             for _ in range(self.inner_steps):
                 with torch.enable_grad():
@@ -347,11 +355,20 @@ def _noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def _guided(
-    prior: Prior, z_t: Tensor, t: Tensor, base: Embedding, target: Embedding, scale: float
-) -> Tensor:
-    """eps_base + scale (eps_target − eps_base): one call, of one evaluation at scale 0 or 1."""
-    if scale in (0, 1):
-        return prior.predict(z_t, t, target if scale else base)[0]
+    prior: Prior,
+    z_t: Tensor,
+    t: Tensor,
+    base: Embedding,
+    target: Embedding,
+    scale: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """eps_base, and eps_base + scale (eps_target − eps_base), in one call.
+
+    At a scale 0 or 1 that is a number both are the one that is needed, of one evaluation.
+    """
+    if isinstance(scale, int | float) and scale in (0, 1):
+        eps, _ = prior.predict(z_t, t, target if scale else base)
+        return eps, eps
     eps, _ = prior.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), Embedding.cat([base, target]))
     eps_base, eps_target = eps.chunk(2)
-    return guide(eps_base, eps_target, scale)
+    return eps_base, guide(eps_base, eps_target, scale)

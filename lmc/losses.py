@@ -8,7 +8,7 @@ gradient into something autograd follows. No gradient flows through the prior or
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, cast, get_args
@@ -20,6 +20,7 @@ from lmc.corrector import BiasCorrector, IdentityCorrector, Statistics
 from lmc.load import load_corrector
 from lmc.priors import Embedding, LoraPrior, Prior
 from lmc.schedule import (
+    TIME_RANGE,
     FallingTime,
     FlowSchedule,
     Schedule,
@@ -32,6 +33,7 @@ from lmc.schedule import (
 from lmc.unet import UNet
 
 Weighting = Literal["one", "dreamfusion", "fantasia3d"]
+LATEST = 0.999  # t, the end of a grid of 1,000
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class LossInputs:
         z_source, source: the source images and their prompts' embeddings, for losses that compare
             (`ScoreDistillation.needs_source`).
         negative: of `ScoreDistillation.negative_prompt`, B rows, for losses that have one.
+        described: of the target prompts with each of `ScoreDistillation.suffixes`, B rows each.
         eps_fixed: as eps, but the same over the whole optimisation, for losses with `fixed_noise`.
         t_host: t as the host knows it, B numbers, where it does; see `times`.
+        progress: the share of the run that is done, in [0, 1].
         repeats: of how many rows each is of one image, to several targets: t, eps, z_source and
             source are the same in every group of so many, and the source is predicted once.
     """
@@ -64,6 +68,8 @@ class LossInputs:
     eps_fixed: Tensor | None = None
     t_host: Sequence[float] | None = None
     repeats: int = 1
+    described: Sequence[Embedding] = ()
+    progress: float = 0.0
 
     def times(self) -> Sequence[float]:
         """t for what depends on its value; without `t_host` the host waits for the device."""
@@ -99,10 +105,14 @@ class ScoreDistillation(ABC):
         needs_source: `LossInputs` must have z_source and source.
         needs_prior: what `prepare` asks of the prior, in words; empty: nothing.
         evaluations_note: of what `evaluations` says, such as 'at most'; empty: it is exact.
+        by_default: it is among those that are compared where none are named.
         time: how t is drawn unless the user says otherwise.
         needs_shared_time: one t for the whole batch (`TimeSchedule.shared`).
         learns: it has weights of its own, which `learn` trains.
+        updates: how often a step calls `learn`.
         negative_prompt: None, or the prompt whose embedding is `LossInputs.negative`.
+        suffixes: what is added to the target prompts for `LossInputs.described`.
+        prompts_note: what to do where a prior of classes does not know `further_prompts`.
         fixed_noise: `LossInputs` must have eps_fixed.
 
     Raises:
@@ -113,10 +123,14 @@ class ScoreDistillation(ABC):
     needs_source: ClassVar[bool] = False
     needs_prior: ClassVar[str] = ""
     evaluations_note: ClassVar[str] = ""
+    by_default: ClassVar[bool] = True
     time: ClassVar[TimeSchedule] = UniformTime()
     needs_shared_time: ClassVar[bool] = False
     learns: ClassVar[bool] = False
+    updates: int = 1
     negative_prompt: str | None = None
+    suffixes: Sequence[str] = ()
+    prompts_note: ClassVar[str] = ""
     fixed_noise: bool = False
 
     def __init__(
@@ -165,6 +179,11 @@ class ScoreDistillation(ABC):
             )
         return time
 
+    def further_prompts(self, targets: Sequence[str]) -> list[str]:
+        """What it asks of the prior besides: targets with each of `suffixes`, a negative prompt."""
+        negative = [] if self.negative_prompt is None else [self.negative_prompt]
+        return [target + suffix for suffix in self.suffixes for target in targets] + negative
+
     @staticmethod
     def evaluations(*_: Any, **options: Any) -> int | None:
         """Evaluations of the denoiser that an image and step take; None: the loss does not say.
@@ -191,11 +210,13 @@ class ScoreDistillation(ABC):
         """The weighted gradient with respect to `x.z`.
 
         Raises:
-            ValueError: `x` lacks what the loss needs: a source, a negative prompt, a fixed noise.
+            ValueError: `x` lacks what the loss needs: a source, a negative prompt, descriptions, a
+                fixed noise.
         """
         needed = {
             "z_source and source": self.needs_source and (x.z_source is None or x.source is None),
             "negative": self.negative_prompt is not None and x.negative is None,
+            "described": len(x.described) < len(self.suffixes),
             "eps_fixed": self.fixed_noise and x.eps_fixed is None,
         }
         for missing, is_missing in needed.items():
@@ -256,6 +277,13 @@ class Cond(ScoreDistillation):
         z_t = _noisy(prior, x.z, x)
         (eps_uncond, _), (eps_cond, _) = _predict(prior, x.t, (z_t, x.null), (z_t, x.target))
         return {"cond": self.guidance_scale * (eps_cond - eps_uncond)}
+
+
+class CSD(Cond):
+    """Classifier Score Distillation [Yu et al.]: `cond` under the name it was published by."""
+
+    name = "csd"
+    by_default = False  # twice the same
 
 
 class LMC(ScoreDistillation):
@@ -372,6 +400,7 @@ class NFSD(ScoreDistillation):
     """
 
     name = "nfsd"
+    prompts_note = "set negative_prompt to ''"
     evaluations_note = "at most"
     evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale) + 1)
 
@@ -508,7 +537,7 @@ class VSD(ScoreDistillation):
     diffusion loss ‖eps_LoRA(z_t, y, t) − eps‖² (`learn`).
 
     Args:
-        lora_rank: see `LoraPrior.add_lora`.
+        lora_rank: see `LoraPrior.add_lora`; null trains a whole copy of the denoiser in its place.
         lora_lr: AdamW's learning rate of the LoRA.
     """
 
@@ -519,11 +548,11 @@ class VSD(ScoreDistillation):
     evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale) + 2)
 
     def __init__(
-        self, *args: Any, lora_rank: int = 4, lora_lr: float = 1e-4, **kwargs: Any
+        self, *args: Any, lora_rank: int | None = 4, lora_lr: float = 1e-4, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        if lora_rank < 1:
-            raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
+        if lora_rank is not None and lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, or null, got {lora_rank}")
         if not lora_lr > 0:
             raise ValueError(f"lora_lr must be above 0, got {lora_lr}")
         self.lora_rank, self.lora_lr = lora_rank, lora_lr
@@ -599,6 +628,57 @@ class VSD(ScoreDistillation):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+class DMD(VSD):
+    """Distribution Matching Distillation [Yin et al., DMD, Eq. 7, 8].
+
+    g = (ẑ_fake − ẑ_guided) / mean|z − ẑ_guided|, the mean over each image
+
+    VSD in estimates of z in place of eps, with a weight that makes the steps of all t and images
+    alike; ẑ_fake is of a LoRA, or a copy of the denoiser, that learns several times a step. With
+    L2 to the source as the cost of transport, as in stage two, it is RDMD's one-step unpaired
+    translation; what these have besides, a regression or adversarial loss, is not here. The
+    weight stands for 1/ω and alpha_t, which are left out by default.
+
+    Args:
+        updates: how often a step trains ẑ_fake.
+        normalise: false leaves the weight out; g is then sigma_t / alpha_t times VSD's.
+
+    Raises:
+        ValueError: fewer than one update; see `VSD`.
+    """
+
+    name = "dmd"
+    evaluations_note = "`updates` of them train the LoRA"
+    evaluations = staticmethod(
+        lambda guidance_scale, updates, **_: _branches(guidance_scale) + 1 + updates
+    )
+
+    def __init__(
+        self,
+        *args: Any,
+        updates: int = 5,
+        normalise: bool = True,
+        chain_alpha: bool = False,
+        rescale: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, chain_alpha=chain_alpha, rescale=rescale, **kwargs)
+        if updates < 1:
+            raise ValueError(f"updates must be at least 1, got {updates}")
+        self.updates, self.normalise = updates, normalise
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        z_t, scale = _noisy(prior, x.z, x), self.guidance_scale
+        _, z_fake = self.predict_lora(prior, z_t, x)
+        prompts = [x.target] if scale == 1 else [x.target, x.null]
+        z_hats = [z_hat for _, z_hat in _predict(prior, x.t, *((z_t, each) for each in prompts))]
+        z_hat = z_hats[0] if scale == 1 else guide(z_hats[1], z_hats[0], scale)
+        weight = torch.ones_like(z_hat[:, :1, :1, :1])
+        if self.normalise:
+            weight = 1 / (x.z - z_hat).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
+        return {"matching": weight * (z_fake - z_hat)}
+
+
 class SDI(ScoreDistillation):
     """Score Distillation via Inversion [Lukoianov et al.]: SDS with inverted noise.
 
@@ -663,6 +743,137 @@ class SDI(ScoreDistillation):
         return {"inverted": sigma_t / alpha_t * (eps - kappa)}
 
 
+class ASD(ScoreDistillation):
+    """Asynchronous Score Distillation [Ma et al., ScaleDreamer, Eq. 9].
+
+    g = eps_guided(z_t, y) − eps_cond(z_{t+Δ}, y),  Δ = shift (t − t_min), with the same eps
+
+    The prior at a later time stands for VSD's LoRA: for networks that amortise many prompts, for
+    which a LoRA learns too slowly. The authors' code draws Δ between 0 and this.
+
+    Args:
+        shift: Δ over t − t_min.
+        t_min: below it Δ is 0.
+
+    Raises:
+        ValueError: a negative shift.
+    """
+
+    name = "asd"
+    evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale) + 1)
+
+    def __init__(
+        self, *args: Any, shift: float = 0.1, t_min: float = TIME_RANGE[0], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if shift < 0:
+            raise ValueError(f"shift must not be negative, got {shift}")
+        self.shift, self.t_min = shift, t_min
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        later = x.t + self.shift * (x.t - self.t_min).clamp(min=0)
+        later = torch.maximum(x.t, later.clamp(max=LATEST))
+        z_later = _noisy(prior, x.z, replace(x, t=later))
+        queries = [(z_later, later, x.target), (_noisy(prior, x.z, x), x.t, x.target)]
+        if self.guidance_scale != 1:
+            queries.append((*queries[1][:2], x.null))
+        (eps_later, _), (eps_cond, _), *rest = _predict_each(prior, queries)
+        if not rest:
+            return {"guided": eps_cond - eps_later}
+        eps_uncond = rest[0][0]
+        return {
+            "cond": self.guidance_scale * (eps_cond - eps_uncond),
+            "asynchronous": eps_uncond - eps_later,
+        }
+
+
+class Bridge(SDS):
+    """Score distillation as a bridge [McAllister et al., SDS-Bridge]: SDS, then by descriptions.
+
+    g = ω (eps(z_t, y + target_suffix) − eps(z_t, y + source_suffix)) from `first_stage` on: from
+    what SDS makes, in words, to what is wanted.
+
+    Args:
+        first_stage: the share of the run that is plain SDS.
+        target_suffix: what the images shall be.
+        source_suffix: what SDS's are; null, and their prompt is empty: `cond`.
+
+    Raises:
+        ValueError: first_stage is no share, or a suffix makes a prompt that the prior, one of
+            classes, does not know.
+    """
+
+    name = "bridge"
+    prompts_note = "the loss adds words to prompts, which a prior of classes does not know"
+    evaluations_note = "at most"
+    evaluations = staticmethod(lambda **_: 2)
+
+    def __init__(
+        self,
+        *args: Any,
+        first_stage: float = 0.5,
+        target_suffix: str = ", detailed high resolution, high quality, sharp",
+        source_suffix: str | None = ", oversaturated, smooth, pixelated, cartoon, foggy, hazy, "
+        "blurry, bad structure, noisy, malformed",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not 0 <= first_stage <= 1:
+            raise ValueError(f"first_stage must be a share of the run in [0, 1], got {first_stage}")
+        self.first_stage = first_stage
+        self.target_suffix, self.source_suffix = target_suffix, source_suffix
+        self.suffixes = [each for each in (target_suffix, source_suffix) if each is not None]
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        if x.progress < self.first_stage:
+            return super().terms(prior, x)
+        z_t = _noisy(prior, x.z, x)
+        source = x.null if self.source_suffix is None else x.described[1]
+        (there, _), (here, _) = _predict(prior, x.t, (z_t, x.described[0]), (z_t, source))
+        return {"cond": self.guidance_scale * (there - here)}
+
+
+class DVRF(ScoreDistillation):
+    """Delta Velocity Rectified Flow [Beaudouin et al.]: DDS for flow priors.
+
+    g = v_guided(z_t + η t (z − z_src), y_target) − v_guided(z_src_t, y_source)
+        + (1 − η) (z − z_src),  v = eps − z_hat, with the same t and eps
+
+    At η = 0 it is DDS's over alpha_t, at η = 1 the difference that FlowEdit integrates.
+
+    Args:
+        eta: η, of the shift that takes z_t towards what the source's path says of z.
+    """
+
+    name = "dvrf"
+    by_default = False  # few priors are flows
+    needs_source = True
+    needs_prior = "a flow prior"
+    evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))
+    source_evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale))
+
+    def __init__(self, *args: Any, eta: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.eta = eta
+
+    def check(self, prior: Prior) -> None:
+        """Refuse a prior that is no flow.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if not isinstance(prior.schedule, FlowSchedule):
+            raise ValueError(f"the loss 'dvrf' needs {self.needs_prior}: for another take 'dds'")
+
+    def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
+        self.check(prior)
+        assert x.z_source is not None
+        apart = x.z - x.z_source
+        shift = self.eta * x.t.view(-1, 1, 1, 1) * apart
+        target, source = _guided_pair(prior, x, self.guidance_scale, shift, _velocity)
+        return {"delta": target - source, "apart": (1 - self.eta) * apart}
+
+
 def surrogate(z: Tensor, gradient: Tensor) -> Tensor:
     """A scalar per image, (B,), whose autograd gradient with respect to `z` is `gradient`.
 
@@ -708,16 +919,33 @@ def _guided(
     return [guide(u, c, scale) for u, c in zip(eps[::2], eps[1::2], strict=True)]
 
 
-def _guided_pair(prior: Prior, x: LossInputs, scale: float) -> list[Tensor]:
-    """eps_guided of the image with its prompt and of the source with its own, in one call."""
+def _eps(eps: Tensor, z_hat: Tensor) -> Tensor:
+    return eps
+
+
+def _velocity(eps: Tensor, z_hat: Tensor) -> Tensor:
+    return eps - z_hat
+
+
+def _guided_pair(
+    prior: Prior,
+    x: LossInputs,
+    scale: float,
+    shift: Tensor | float = 0.0,
+    of: Callable[[Tensor, Tensor], Tensor] = _eps,
+) -> list[Tensor]:
+    """`of` the guided (eps, z_hat) of the image with its prompt and of the source with its own.
+
+    One call. The image's z_t is moved by `shift`.
+    """
     assert x.z_source is not None and x.source is not None
     once = slice(None, None, x.repeats)
     of_source = (_noisy(prior, x.z_source, x)[once], x.t[once])
-    branches = [(*of_source, x.source.rows(once)), (_noisy(prior, x.z, x), x.t, x.target)]
+    branches = [(*of_source, x.source.rows(once)), (_noisy(prior, x.z, x) + shift, x.t, x.target)]
     if scale != 1:
         nulls = (x.null.rows(once), x.null)
         branches += [(z_t, t, null) for (z_t, t, _), null in zip(branches, nulls, strict=True)]
-    source, target, *unguided = (eps for eps, _ in _predict_each(prior, branches))
+    source, target, *unguided = (of(*each) for each in _predict_each(prior, branches))
     if scale != 1:
         source, target = (
             guide(u, c, scale) for u, c in zip(unguided, (source, target), strict=True)

@@ -5,17 +5,20 @@ random patches of any size. What is moved is anything that renders images (`Rend
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lmc.device import to_device
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Embedding, Prior
 from lmc.schedule import TimeSchedule
+
+CHECKED = 20  # steps between two looks whether gradients were finite: each waits for the device
 
 
 class Renderer(Protocol):
@@ -210,8 +213,8 @@ def optimize(
 
     An image's patches, t and eps follow from its seed alone: it comes out as it would by itself, up
     to rounding. Not so where images share something: a `shared` time schedule has one t for all,
-    drawn by the first seed, and a loss that `learns` learns from all. All is drawn on the CPU, so
-    that a seed means the same on every device.
+    drawn by the first seed, and a loss that `learns` learns from all. Noise is drawn on the device,
+    so that a seed is another picture on a GPU than on a CPU.
 
     Args:
         renderer: renders B images. It is moved to `device`, and its parameters are optimised.
@@ -234,37 +237,50 @@ def optimize(
         ValueError: the numbers of prompts, seeds and images differ; a source is missing or of
             another size; patches larger than the image; an unknown prompt of a class-conditional
             prior: all before any weights are loaded. Or see `loss.prepare`.
-        FloatingPointError: a gradient is not finite; names the step, the loss, t and the seed.
+        FloatingPointError: a gradient was not finite, in one of the last `CHECKED` steps; names the
+            step, the loss, t and the seed.
     """
     task = _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
     time = loss.choose_time(time)
     task.load(device)
     adam = torch.optim.Adam(renderer.parameters(), lr=settings.lr)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    eps_fixed = task.noise(generators) if loss.fixed_noise else None
+    hosts, devices = task.generators(seeds)
+    eps_fixed = task.noise(devices) if loss.fixed_noise else None
+    finite = _Finite(loss.name)
     for step in range(settings.steps):
         for group in adam.param_groups:
             group["lr"] = settings.learning_rate(step)
         image = None if isinstance(renderer, Latents) else renderer()
-        rows, windows = task.windows(step, generators)
-        z, z_source = task.view(image, rows, windows)
-        drawn = [generators[row] for row in rows.tolist()]
+        numbers, windows = task.windows(step, hosts)
+        z, z_source = task.view(image, numbers, windows)
+        rows = to_device(torch.tensor(numbers), z.device)
+
+        def draw(z: Tensor = z, step: int = step, numbers: Sequence[int] = numbers) -> Any:
+            t = _draw_t(time, [hosts[row] for row in numbers], step / settings.steps, z.dtype)
+            eps = task.noise([devices[row] for row in numbers])
+            return {"t": to_device(t, z.device), "eps": eps, "t_host": t.tolist()}
+
         inputs = LossInputs(
             z.detach(),
-            _draw_t(time, drawn, step / settings.steps, z),
-            task.noise(drawn),
+            **draw(),
             null=task.embedding[torch.zeros_like(rows)],
             target=task.embedding[1 + rows],
             z_source=z_source,
             source=task.embedding[1 + len(seeds) + rows] if loss.needs_source else None,
             negative=task.embedding[torch.full_like(rows, -1)],  # only some losses have one
             eps_fixed=eps_fixed[rows] if eps_fixed is not None else None,
+            described=[
+                task.embedding[len(task.prompts) + i * len(seeds) + rows]
+                for i in range(len(loss.suffixes))
+            ],
+            progress=step / settings.steps,
         )
         gradient = loss(prior, inputs).total
-        _check_finite(gradient, step, loss.name, inputs.t, [seeds[i] for i in rows.tolist()])
-        if loss.learns:
-            t = _draw_t(time, drawn, step / settings.steps, z)
-            loss.learn(prior, replace(inputs, t=t, eps=task.noise(drawn)))
+        finite.note(gradient, step, inputs.times(), [seeds[row] for row in numbers])
+        if (step + 1) % CHECKED == 0 or step + 1 == settings.steps:
+            finite.check()
+        for _ in range(loss.updates if loss.learns else 0):
+            loss.learn(prior, replace(inputs, **draw()))
         whole = z if image is None else image
         score = surrogate(z, gradient).sum() / (len(rows) / len(seeds)) / z[0].numel()
         objective = whole[0].numel() * score
@@ -293,17 +309,30 @@ def check_task(
     _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
 
 
-def embed(prior: Prior, prompts: Sequence[str], negative: Sequence[str]) -> Embedding:
-    """Embeddings of prompts, then of losses' negative prompts.
+def embed(
+    prior: Prior,
+    prompts: Sequence[str],
+    losses: Iterable[ScoreDistillation],
+    targets: Sequence[str],
+) -> Embedding:
+    """Embeddings of prompts, then of what losses ask besides (`further_prompts`) of some of them.
 
     Raises:
         ValueError: an unknown prompt of a class-conditional prior.
     """
+    losses = list(losses)
+    further = [prompt for loss in losses for prompt in loss.further_prompts(targets)]
     try:
-        return prior.embed([*prompts, *negative])
+        return prior.embed([*prompts, *further])
     except ValueError as error:
         prior.embed(prompts)  # where one of these is unknown, that is the error
-        raise ValueError(f"negative prompt: {error}; set negative_prompt to ''") from error
+        for loss in losses:
+            try:
+                prior.embed(loss.further_prompts(targets))
+            except ValueError as its_own:
+                said = f"the loss {loss.name!r}: {its_own}; {loss.prompts_note}"
+                raise ValueError(said) from error
+        raise
 
 
 class _Task:
@@ -345,14 +374,15 @@ class _Task:
             if source_prompts is None or len(source_prompts) != self.count:
                 raise ValueError(f"the loss {loss.name!r} needs a source prompt for each image")
             self.prompts += source_prompts
-        self.negative = [] if loss.negative_prompt is None else [loss.negative_prompt]
+        self.targets = list(prompts)
         if settings.whole_steps < settings.steps:
             self.sides = settings.sides(self.height, self.width, prior.image_size)
 
     def load(self, device: torch.device | str) -> None:
         """Load the prior and the loss; everything to `device`."""
         self.device = device
-        self.embedding = embed(self.prior, self.prompts, self.negative).to(device)
+        embedding = embed(self.prior, self.prompts, [self.loss], self.targets)
+        self.embedding = embedding.to(device)
         self.loss.prepare(self.prior, device)
         self.prior.to(device)
         self.renderer.to(device)
@@ -367,24 +397,35 @@ class _Task:
             if image is None and self.source is not None:
                 self.z_source = self.prior.encode(self.source)
 
+    def generators(
+        self, seeds: Sequence[int]
+    ) -> tuple[list[torch.Generator], list[torch.Generator]]:
+        """One a seed for windows and t, which the host draws, and one for noise.
+
+        On a CPU they are the same.
+        """
+        hosts = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if self.like.device.type == "cpu":
+            return hosts, hosts
+        return hosts, [torch.Generator(self.like.device).manual_seed(seed) for seed in seeds]
+
     def windows(
         self, step: int, generators: Sequence[torch.Generator]
-    ) -> tuple[Tensor, list[Window]]:
-        """What the loss sees at `step`: images by number, int64 (N,), and the part of each."""
+    ) -> tuple[list[int], list[Window]]:
+        """What the loss sees at `step`: N images by number, and the part of each."""
         if step < self.settings.whole_steps or not generators:
             side = min(self.height, self.width)
             centre = ((self.height - side) // 2, (self.width - side) // 2, side)
-            return torch.arange(self.count, device=self.device), [centre] * self.count
+            return list(range(self.count)), [centre] * self.count
         patches = self.settings.patches
-        rows = torch.arange(self.count, device=self.device).repeat_interleave(patches)
-        return rows, [
+        return [row for row in range(self.count) for _ in range(patches)], [
             draw_window(generator, self.height, self.width, *self.sides)
             for generator in generators
             for _ in range(patches)
         ]
 
     def view(
-        self, image: Tensor | None, rows: Tensor, windows: Sequence[Window]
+        self, image: Tensor | None, rows: Sequence[int], windows: Sequence[Window]
     ) -> tuple[Tensor, Tensor | None]:
         """z of parts of the images, and of the same parts of the sources, if there are any."""
         if image is None:
@@ -397,8 +438,8 @@ class _Task:
         with torch.no_grad():
             return z, self._encode(self.source, rows, windows)
 
-    def _encode(self, image: Tensor, rows: Tensor, windows: Sequence[Window]) -> Tensor:
-        return self.prior.encode(crop(image, rows.tolist(), windows, self.prior.image_size))
+    def _encode(self, image: Tensor, rows: Sequence[int], windows: Sequence[Window]) -> Tensor:
+        return self.prior.encode(crop(image, rows, windows, self.prior.image_size))
 
     def l2(self, whole: Tensor) -> Tensor:
         """‖image − source‖² of whole images, or of their z where those are optimised."""
@@ -408,26 +449,43 @@ class _Task:
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """A z of noise from each generator."""
-        shape, dtype = self.like.shape[1:], self.like.dtype
-        drawn = [torch.randn(shape, generator=each, dtype=dtype) for each in generators]
-        return torch.stack(drawn).to(self.device)
+        like: Any = {"dtype": self.like.dtype, "device": self.like.device}
+        shape = self.like.shape[1:]
+        return torch.stack([torch.randn(shape, generator=each, **like) for each in generators])
 
 
 def _draw_t(
-    time: TimeSchedule, generators: Sequence[torch.Generator], progress: float, z: Tensor
+    time: TimeSchedule,
+    generators: Sequence[torch.Generator],
+    progress: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """A time for each generator, from it; one for all where the schedule says so."""
     if time.shared:
-        return time.draw(len(generators), progress, generators[0], z.dtype).to(z.device)
-    drawn = [time.draw(1, progress, generator, z.dtype) for generator in generators]
-    return torch.cat(drawn).to(z.device)
+        return time.draw(len(generators), progress, generators[0], dtype)
+    return torch.cat([time.draw(1, progress, generator, dtype) for generator in generators])
 
 
-def _check_finite(gradient: Tensor, step: int, loss: str, t: Tensor, seeds: Sequence[int]) -> None:
-    finite = torch.isfinite(gradient).flatten(1).all(1)
-    if not finite.all():
-        i = int((~finite).nonzero()[0])
-        raise FloatingPointError(
-            f"step {step}: the gradient of the loss {loss!r} is not finite "
-            f"(t = {t[i].item():.4f}, seed {seeds[i]})"
-        )
+class _Finite:
+    """Whether gradients were finite, without waiting for the device at every step."""
+
+    def __init__(self, loss: str) -> None:
+        self.loss = loss
+        self.noted: list[Tensor] = []
+        self.about: list[str] = []
+
+    def note(self, gradient: Tensor, step: int, t: Sequence[float], seeds: Sequence[int]) -> None:
+        """Remember of a step's gradients (N, …) which of them are finite."""
+        self.noted.append(torch.isfinite(gradient).flatten(1).all(1))
+        self.about += [
+            f"step {step}: the gradient of the loss {self.loss!r} is not finite "
+            f"(t = {at:.4f}, seed {seed})"
+            for at, seed in zip(t, seeds, strict=True)
+        ]
+
+    def check(self) -> None:
+        """Raise FloatingPointError for the first noted gradient that is not finite."""
+        finite = torch.cat(self.noted).tolist()
+        if not all(finite):
+            raise FloatingPointError(self.about[finite.index(False)])
+        self.noted, self.about = [], []

@@ -170,13 +170,14 @@ def parse_specs(text: str | Sequence[str] | None) -> list[Spec]:
     A key is an option of the loss, or `time` and `time.KEY`: a schedule for t and its options.
 
     Args:
-        text: or the losses one by one; None is every loss of lmc.losses.
+        text: or the losses one by one; None is every loss of lmc.losses that is compared
+            by default.
 
     Raises:
         ValueError: a loss or a key that is not known (says which are), or one loss twice.
     """
     if text is None:
-        labels = list(LOSSES)
+        labels = [name for name, loss in LOSSES.items() if loss.by_default]
     else:
         # One by one they need no quotes.
         parts = (

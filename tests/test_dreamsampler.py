@@ -156,6 +156,25 @@ def test_evaluations(scale, each):
     assert (prior.calls, prior.evaluations) == (5, 5 * 2)
 
 
+def test_as_published_the_guidance_is_damped_and_not_taken_along():
+    """Two steps written out, of z itself with ζ = 1: z becomes the guided z_hat."""
+    prior, omega = small_prior(SIZE), 7.5
+    sampler = DreamSampler(2, 0.6, omega, as_published=True)
+    z, eps = draw(2, 3, SIZE, SIZE, seed=3), draw(2, 3, SIZE, SIZE, seed=4)
+    found = sample(prior, sampler, z, "dog", eps=eps)
+    for time in (0.6, 0.3):
+        alpha, sigma = coefficients(prior, time)
+        t = torch.full((2,), time, dtype=torch.float64)
+        z_t = alpha * z + sigma * eps
+        eps, _ = prior.predict(z_t, t, prior.embed([""] * 2))
+        target, _ = prior.predict(z_t, t, prior.embed(["dog"] * 2))
+        guided = eps + alpha**2 * omega * (target - eps)
+        z = (z_t - sigma * guided) / alpha
+    torch.testing.assert_close(found, z, rtol=0, atol=1e-12)
+    ours = sample(prior, DreamSampler(2, 0.6, omega), draw(2, 3, SIZE, SIZE, seed=3), "dog")
+    assert not torch.allclose(found, ours, atol=0.1)
+
+
 def test_null_edits_come_back_to_the_source():
     """Nearer with more steps, whatever ω, while another prompt goes to its own images."""
     prior = small_prior(SIZE)

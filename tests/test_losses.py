@@ -10,7 +10,11 @@ import torch
 from lmc import losses
 from lmc.corrector import Corrector
 from lmc.losses import (
+    ASD,
+    CSD,
     DDS,
+    DMD,
+    DVRF,
     LMC,
     MSSDS,
     NFSD,
@@ -18,6 +22,7 @@ from lmc.losses import (
     SDI,
     SDS,
     VSD,
+    Bridge,
     Cond,
     LossInputs,
     ScoreDistillation,
@@ -33,9 +38,11 @@ from gaussian import GaussianPrior, small_prior
 INDICES = (30, 400, 700, 950)  # of the schedule's grid, one per sample
 SHARED = 700  # the same for all samples, for SDI
 PROMPTS = ("cat", "dog", "bear", "dog")
-CLASSES = {loss.name: loss for loss in (SDS, Cond, DDS, LMC, NFSD, MSSDS, PDS, VSD, SDI)}
-NAMES = ("sds", "cond", "dds", "lmc", "lmc_fixed", "nfsd", "ms_sds", "pds", "vsd", "sdi")
+KINDS = (SDS, Cond, DDS, LMC, NFSD, MSSDS, PDS, VSD, SDI, CSD, ASD, Bridge, DVRF, DMD)
+CLASSES = {loss.name: loss for loss in KINDS}
+NAMES = (*CLASSES, "lmc_fixed", "bridge_first")
 LORA = 0.3  # what a trained LoRA has come to
+GOOD, BAD = " good", " bad"  # suffixes of the prompts that have a mean of their own
 
 
 class BestFilter(Corrector):
@@ -55,8 +62,17 @@ class BestFilter(Corrector):
 
 
 @pytest.fixture
-def prior() -> GaussianPrior:
-    return small_prior()
+def prior(request) -> GaussianPrior:
+    """Of flow matching for the loss that is of that kind."""
+    prior = small_prior()
+    generator = torch.Generator().manual_seed(1)
+    for prompt in [*prior.means]:
+        for suffix in (GOOD, BAD):
+            mean = torch.randn(prior.means[prompt].shape, generator=generator, dtype=torch.float64)
+            prior.means[prompt + suffix] = prior.means[prompt] + 0.3 * mean
+    if "dvrf" in request.node.name:
+        prior.schedule = FlowSchedule()
+    return prior
 
 
 def inputs(prior: GaussianPrior, seed: int = 0, shared: bool = False) -> LossInputs:
@@ -73,13 +89,18 @@ def inputs(prior: GaussianPrior, seed: int = 0, shared: bool = False) -> LossInp
         source=prior.embed(["cat"] * 4),
         negative=prior.embed(["bear"] * 4),
         eps_fixed=torch.randn(z.shape, generator=generator, dtype=z.dtype),
+        described=[prior.embed([prompt + suffix for prompt in PROMPTS]) for suffix in (GOOD, BAD)],
+        progress=0.5,
     )
 
 
 def take(x: LossInputs, rows: list[int]) -> LossInputs:
     index = torch.tensor(rows)
-    fields = {name: field for name, field in vars(x).items() if name not in ("t_host", "repeats")}
-    return LossInputs(**{name: field[index] for name, field in fields.items()})
+    whole = {"t_host": None, "repeats": 1, "progress": x.progress}
+    fields = {name: field for name, field in vars(x).items() if name not in whole}
+    described = [each[index] for each in fields.pop("described")]
+    rows = {name: field[index] for name, field in fields.items()}
+    return LossInputs(**rows, **whole, described=described)
 
 
 def make(name, prior, statistics="image", **options) -> ScoreDistillation:
@@ -87,9 +108,12 @@ def make(name, prior, statistics="image", **options) -> ScoreDistillation:
         return LMC(BestFilter(prior, statistics), fixed_noise=name == "lmc_fixed", **options)
     if name == "nfsd":
         return NFSD(negative_prompt="bear", **options)
-    loss = CLASSES[name](**options)
+    if name.startswith("bridge"):
+        options |= {"target_suffix": GOOD, "source_suffix": BAD}
+        options["first_stage"] = 0.6 if name == "bridge_first" else 0.5
+    loss = CLASSES[name.removesuffix("_first")](**options)
     loss.prepare(prior, "cpu")
-    if name == "vsd":
+    if loss.learns:
         prior.lora.data.fill_(LORA)
     return loss
 
@@ -113,15 +137,19 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
     z_t − alpha_t z_hat, since 1 − alpha_t² S / A = sigma_t² / A.
     """
     spectrum = prior.spectrum.numpy()
-    bars = prior.schedule.alphas_cumprod.numpy()
+    flow = isinstance(prior.schedule, FlowSchedule)
+    bars = None if flow else prior.schedule.alphas_cumprod.numpy()
 
     def at(index: float) -> tuple[float, float]:
         """(alpha, sigma) at an index of the grid; below it the image is clean."""
+        if flow:
+            return 1 - index / 1000, index / 1000
         bar = bars[round(index)] if index > 0 else 1.0
         return bar**0.5, (1 - bar) ** 0.5
 
     def predicted(z_t, index: float, mean):
-        a, s = (bars[round(index)] ** 0.5, (1 - bars[round(index)]) ** 0.5)
+        # At index 0 the network is asked at the grid's first, a little noisy.
+        a, s = at(index) if flow else (bars[round(index)] ** 0.5, (1 - bars[round(index)]) ** 0.5)
         return s * (z_t - a * mean) / (a**2 * spectrum + s**2)
 
     def ddim(z_s, here: float, there: float, scale: float):
@@ -136,15 +164,16 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
         z, e, z_src = fourier(x.z[i]), fourier(x.eps[i]), fourier(x.z_source[i])
         null, target = fourier(prior.means[""]), fourier(prior.means[PROMPTS[i]])
         source, negative = fourier(prior.means["cat"]), fourier(prior.means["bear"])
+        good, bad = (fourier(prior.means[PROMPTS[i] + suffix]) for suffix in (GOOD, BAD))
         z_t = a * z + s * e
         # eps_cond − eps_uncond does not depend on z_t, nor on the noise.
         cond = omega * s * a * (null - target) / power
         proj = predicted(z_t, index, null) - e
-        if name == "sds":
+        if name in ("sds", "bridge_first"):
             parts = {"cond": cond, "proj": proj}
             if omega == 1:  # one evaluation, one term: their sum
                 parts = {"guided": s * (z_t - a * target) / power - e}
-        elif name == "cond":
+        elif name in ("cond", "csd"):
             parts = {"cond": cond}
         elif name == "dds":
             # the same noise: it cancels between the two unconditional predictions
@@ -180,6 +209,30 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
             parts = {"cond": cond, "variational": variational}
             if omega == 1:
                 parts = {"guided": cond + variational}
+        elif name == "asd":
+            later = round(min(index + 0.1 * (index - 20), 999))
+            a_later, s_later = at(later)
+            eps_later = predicted(a_later * z + s_later * e, later, target)
+            parts = {"cond": cond, "asynchronous": predicted(z_t, index, null) - eps_later}
+            if omega == 1:
+                parts = {"guided": sum(parts.values())}
+        elif name == "bridge":
+            parts = {"cond": omega * s * a * (bad - good) / power}
+        elif name == "dvrf":
+            # v = E[eps − z | z_t]; with η = 1 the images' difference is in z_t alone.
+            velocities = []
+            for noisy, prompt in ((z_t + s * (z - z_src), target), (a * z_src + s * e, source)):
+                eps = (1 - omega) * predicted(noisy, index, null)
+                eps = eps + omega * predicted(noisy, index, prompt)
+                velocities.append(eps - (noisy - s * eps) / a)
+            parts = {"delta": velocities[0] - velocities[1], "apart": 0 * z}
+        elif name == "dmd":
+            eps = (1 - omega) * predicted(z_t, index, null)
+            eps = eps + omega * predicted(z_t, index, target)
+            fake = predicted(z_t, index, target) + LORA * z_t
+            z_hat = pixels((z_t - s * eps) / a)
+            weight = np.abs(pixels(z) - z_hat).mean()
+            parts = {"matching": s / a * (eps - fake) / weight}
         elif name == "sdi":
             steps, inverted = int(10 * index / 1000), z
             for k in range(steps):
@@ -192,7 +245,7 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
             mean = b_hat.mean(axes, keepdims=True)
             ratio = z_hat.std(axes, keepdims=True) / b_hat.std(axes, keepdims=True)
             parts = {"cond": cond, "lmc": fourier_of(ratio * (b_hat - mean) + mean - z_hat)}
-        weight = {"one": 1, "dreamfusion": 1 - a**2, "fantasia3d": a * (1 - a**2)}[weighting]
+        weight = {"one": 1, "dreamfusion": s**2, "fantasia3d": a * s**2}[weighting]
         weight *= (a if chain_alpha else 1) / (omega if rescale else 1)
         for key, part in parts.items():
             terms.setdefault(key, []).append(weight * pixels(part))
@@ -240,7 +293,10 @@ def test_lmc_gradient_with_statistics_per_channel(prior):
 def test_defaults_are_the_papers(prior):
     for name in NAMES:
         x = inputs_for(name, prior)
-        ours = (7.5, "one", False, True) if name == "sdi" else (15, "one", True, True)
+        ours = (15, "one", True, True)
+        ours = {"sdi": (7.5, "one", False, True), "dmd": (15, "one", False, False)}.get(name, ours)
+        if name == "dvrf":  # of another prior
+            continue
         wanted = closed_form(name, prior, x, *ours)
         total = make(name, prior)(prior, x).total
         np.testing.assert_allclose(total, sum(wanted.values()), rtol=0, atol=1e-10)
@@ -385,6 +441,11 @@ EVALUATIONS = {
     ("ms_sds", 15): (40, 5),
     ("vsd", 15): (12, 2),
     ("sdi", 15): (64, 8),
+    ("csd", 15): (8, 1),
+    ("asd", 15): (12, 1),
+    ("bridge", 15): (8, 1),
+    ("dvrf", 15): (16, 1),
+    ("dmd", 15): (12, 2),
     ("sds", 1): (4, 1),
     ("cond", 1): (8, 1),
     ("lmc", 1): (8, 1),
@@ -395,6 +456,11 @@ EVALUATIONS = {
     ("ms_sds", 1): (20, 5),
     ("vsd", 1): (8, 2),
     ("sdi", 1): (60, 8),
+    ("csd", 1): (8, 1),
+    ("asd", 1): (8, 1),
+    ("bridge", 1): (8, 1),
+    ("dvrf", 1): (8, 1),
+    ("dmd", 1): (8, 2),
 }
 
 
@@ -414,7 +480,7 @@ def test_guidance_scale_zero_leaves_the_unconditional_prediction(prior):
 @pytest.mark.parametrize("name", NAMES)
 def test_rescaling_at_guidance_scale_zero_is_an_error(prior, name):
     with pytest.raises(ValueError, match="rescale"):
-        make(name, prior, guidance_scale=0)
+        make(name, prior, guidance_scale=0, rescale=True)
     make(name, prior, guidance_scale=0, rescale=False)
 
 
@@ -439,11 +505,13 @@ def test_a_negative_guidance_scale_is_refused(prior, name):
         ("pds", "source", "z_source and source"),
         ("nfsd", "negative", "negative"),
         ("lmc_fixed", "eps_fixed", "eps_fixed"),
+        ("bridge", "described", "described"),
+        ("dvrf", "z_source", "z_source and source"),
     ],
 )
 def test_a_loss_without_what_it_needs_says_so(prior, name, missing, said):
     loss = make(name, prior)
-    fields = {**vars(inputs(prior)), missing: None}
+    fields = {**vars(inputs(prior)), missing: () if missing == "described" else None}
     with pytest.raises(ValueError, match=f"'{loss.name}' needs {said}"):
         loss(prior, LossInputs(**fields))
     assert prior.calls == 0
@@ -467,7 +535,7 @@ def test_sdi_refuses_a_time_for_each_sample(prior):
         assert SDI().choose_time(given) is given and SDS().choose_time(given) is given
 
 
-@pytest.mark.parametrize("name", ["dds", "pds"])
+@pytest.mark.parametrize("name", ["dds", "pds", "dvrf"])
 @pytest.mark.parametrize("scale", [1, 15])
 def test_a_source_is_predicted_once_for_all_targets(prior, name, scale):
     """Two images to two targets each: the same gradient, with fewer evaluations."""
@@ -515,10 +583,10 @@ def test_vsd_refuses_a_prior_without_a_lora(prior):
 
 @pytest.mark.parametrize(
     ("loss", "option"),
-    [(MSSDS, "steps"), (SDI, "inversion_steps"), (VSD, "lora_rank")],
+    [(MSSDS, "steps"), (SDI, "inversion_steps"), (VSD, "lora_rank"), (DMD, "updates")],
 )
 def test_what_must_be_at_least_one_says_so(loss, option):
-    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1.*, got 0"):
         loss(**{option: 0})
 
 
@@ -606,6 +674,59 @@ def test_vsd_with_an_untrained_lora_is_cond_but_for_a_factor(prior):
     x, vsd = inputs(prior), VSD(**PLAIN)
     vsd.prepare(prior, "cpu")
     equal(vsd(prior, x).total, (1 - 1 / 7.5) * Cond(**PLAIN)(prior, x).total)
+
+
+def test_csd_is_cond(prior):
+    x = inputs(prior)
+    equal(CSD(**PLAIN)(prior, x).total, Cond(**PLAIN)(prior, x).total)
+
+
+def test_asd_without_a_shift_is_cond_but_for_a_factor(prior):
+    """(ω − 1) (eps_c − eps_u)."""
+    x = inputs(prior)
+    equal(ASD(shift=0, **PLAIN)(prior, x).total, (1 - 1 / 7.5) * Cond(**PLAIN)(prior, x).total)
+
+
+def test_bridge_with_nothing_to_describe_is_sds_and_then_cond(prior):
+    x = inputs(prior)
+    bridge = Bridge(target_suffix="", source_suffix=None, **PLAIN)
+    assert bridge.further_prompts(["cat", "dog"]) == ["cat", "dog"]
+    x = replace(x, described=[x.target])
+    equal(bridge(prior, x).total, Cond(**PLAIN)(prior, x).total)
+    equal(bridge(prior, replace(x, progress=0.49)).total, SDS(**PLAIN)(prior, x).total)
+    with pytest.raises(ValueError, match="first_stage must be a share of the run"):
+        Bridge(first_stage=1.5)
+
+
+def test_dvrf_at_eta_zero_is_dds_over_alpha_and_at_one_flowedit(prior):
+    prior.schedule = FlowSchedule()
+    x = replace(inputs(prior), t=torch.tensor([0.1, 0.4, 0.7, 0.95], dtype=torch.float64))
+    alpha_t = 1 - x.t.view(-1, 1, 1, 1)
+    equal(alpha_t * DVRF(eta=0, **PLAIN)(prior, x).total, DDS(**PLAIN)(prior, x).total)
+
+    def velocity(z_t, embedding):
+        (eps, z_hat), (eps_u, z_hat_u) = (prior.predict(z_t, x.t, e) for e in (embedding, x.null))
+        return eps_u - z_hat_u + 7.5 * ((eps - z_hat) - (eps_u - z_hat_u))
+
+    # FlowEdit's steps add to the source; its z_t of the target is z + z_src_t − z_src.
+    noisy = alpha_t * x.z_source + x.t.view(-1, 1, 1, 1) * x.eps
+    wanted = velocity(x.z + noisy - x.z_source, x.target) - velocity(noisy, x.source)
+    equal(DVRF(eta=1, **PLAIN)(prior, x).total, wanted)
+
+
+def test_dvrf_asks_for_a_flow_prior(prior):
+    with pytest.raises(ValueError, match="needs a flow prior: for another take 'dds'"):
+        DVRF().prepare(small_prior(), "cpu")
+
+
+def test_dmd_without_its_weight_is_vsd_in_estimates_of_the_image(prior):
+    x, found = inputs(prior), {}
+    for name, loss in (("vsd", VSD(**PLAIN)), ("dmd", DMD(normalise=False, **PLAIN))):
+        loss.prepare(prior, "cpu")
+        prior.lora.data.fill_(LORA)
+        found[name] = loss(prior, x).total
+    alpha_t, sigma_t = prior.schedule.coefficients(x.t, torch.float64)
+    equal(found["dmd"], sigma_t / alpha_t * found["vsd"])
 
 
 def test_sdi_is_the_image_less_its_guided_estimate(prior):
@@ -700,8 +821,8 @@ def test_a_dry_run_says_the_same_counts(prior, name, omega):
         wanted -= 2 * (7 - 4.5)
     if name == "nfsd":  # one sample in four is early
         wanted += 0.25
-    if name == "vsd":  # and one to train the LoRA
-        wanted += 1
+    if name in ("vsd", "dmd"):  # and those that train the LoRA
+        wanted += loss(**options).updates
     assert said == wanted
 
 
@@ -734,7 +855,7 @@ def test_a_loss_says_the_evaluations_that_it_takes(prior, name, options):
         prior.evaluations = 0
         at_t = LossInputs(**{**vars(x), "t": torch.full_like(x.t, t)})
         loss(prior, at_t)
-        if loss.learns:
+        for _ in range(loss.updates if loss.learns else 0):
             loss.learn(prior, at_t)
         counted.append(prior.evaluations / len(x.t))
     said, of_what = denoiser_evaluations(LOSSES[name], options)

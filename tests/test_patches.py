@@ -50,6 +50,28 @@ def test_a_crop_is_the_part_at_the_priors_size():
     torch.testing.assert_close(found[2:], resize(image[:1, :, 3:9, 5:11], 8))
 
 
+def test_a_crop_is_differentiated_as_its_part_is():
+    """Against torch's own interpolation of each part by itself, larger and smaller."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 3, 40, 30, generator=generator, dtype=torch.float64)
+    windows = [(0, 0, 30), (3, 4, 25), (31, 20, 9), (1, 2, 3), (39, 29, 1), (5, 5, 8)]
+    rows = [0, 1, 1, 0, 1, 0]
+    white = torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64)
+    ours, one_by_one = (image.clone().requires_grad_() for _ in range(2))
+    crop(ours, rows, windows, 8).mul(white).sum().backward()
+    for i, (row, (y, x, side)) in enumerate(zip(rows, windows, strict=True)):
+        part = resize(one_by_one[row : row + 1, :, y : y + side, x : x + side], 8)
+        part.mul(white[i]).sum().backward()
+    torch.testing.assert_close(ours.grad, one_by_one.grad)
+
+
+def test_a_crop_is_not_rounded_where_training_rounds():
+    image = torch.rand(1, 3, 20, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = crop(image, [0], [(2, 3, 11)], 8)
+    assert torch.equal(found, crop(image, [0], [(2, 3, 11)], 8))
+
+
 def test_what_is_seen_of_a_batch():
     module = training(Patches(0.25, (5, 20), from_step=0))
     windows = module.windows(4000, 1, module.generator())

@@ -33,7 +33,7 @@ import worlds
 ROOT = Path(__file__).parents[1]
 COMMON = {"guidance_scale": 15.0, "weighting": "one", "chain_alpha": True, "rescale": True}
 OPTIONS = {
-    **dict.fromkeys(("sds", "cond", "dds", "pds"), COMMON),
+    **dict.fromkeys(("sds", "cond", "csd", "dds", "pds"), COMMON),
     "lmc": {
         **COMMON,
         "corrector": "identity",
@@ -44,6 +44,24 @@ OPTIONS = {
     "nfsd": {**COMMON, "negative_prompt": NEGATIVE_PROMPT},
     "ms_sds": {**COMMON, "steps": 5},
     "vsd": {**COMMON, "lora_rank": 4, "lora_lr": 1e-4},
+    "asd": {**COMMON, "shift": 0.1, "t_min": 0.02},
+    "bridge": {
+        **COMMON,
+        "first_stage": 0.5,
+        "target_suffix": ", detailed high resolution, high quality, sharp",
+        "source_suffix": ", oversaturated, smooth, pixelated, cartoon, foggy, hazy, blurry, "
+        "bad structure, noisy, malformed",
+    },
+    "dvrf": {**COMMON, "eta": 1.0},
+    "dmd": {
+        **COMMON,
+        "chain_alpha": False,
+        "rescale": False,
+        "lora_rank": 4,
+        "lora_lr": 1e-4,
+        "updates": 5,
+        "normalise": True,
+    },
     "sdi": {
         **COMMON,
         "guidance_scale": 7.5,
@@ -52,7 +70,12 @@ OPTIONS = {
         "inversion_steps": 10,
     },
 }
-TEXTS = ("corrector", "negative_prompt")  # of which any word is one
+TEXTS = (
+    "corrector",
+    "negative_prompt",
+    "target_suffix",
+    "source_suffix",
+)  # of which any word is one
 
 
 def test_options_have_their_types():

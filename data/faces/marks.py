@@ -1,11 +1,11 @@
 """What a translator is read beside: real pictures of each class, the prior's own, and edits by it.
 
-    python data/faces/marks.py --out runs/faces/marks
+    python data/faces/marks.py --root runs/faces
 
-writes real/, samples/ and dreamsampler/, each CLASS/KEY.png for every held-out cat, which
-`lmc evaluate --images` measures like any translator's: real training pictures of the class, in the
-order of their shards, again from the first where they do not suffice; pictures sampled by the prior
-(DDIM); and the cats edited by DreamSampler. What is there is not made again.
+writes marks/real/, samples/ and dreamsampler/ there, each CLASS/KEY.png for every held-out cat,
+which `lmc evaluate --images` measures like any translator's: real training pictures of the class,
+in the order of their shards, again from the first where they do not suffice; pictures sampled by
+the prior (DDIM); and the cats edited by DreamSampler. What is there is not made again.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from lmc.priors import DiffusersPrior, Prior
 from lmc.progress import Progress
 from lmc.shards.images import ImageBatch, ImageStream
 
-FACES = Path("runs/faces")
 CLASSES = ("bear", "dog", "lion", "squirrel", "tiger", "fox", "wolf")
 BATCH = 64
 
@@ -78,23 +77,21 @@ def write(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FACES / "marks")
-    parser.add_argument("--prior", default=str(FACES / "prior/prior"), help="folder (%(default)s)")
+    parser.add_argument("--root", type=Path, default=Path("runs/faces"), help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="of sampling (%(default)s)")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="(%(default)s)")
     parser.add_argument("--start", type=float, default=0.8, help="t of the edits (%(default)s)")
     args = parser.parse_args()
+    marks = args.root / "marks"
     device = choose_device("auto")
-    prior = DiffusersPrior(args.prior)
+    prior = DiffusersPrior(str(args.root / "prior/prior"))
     prior.to(device)
     size = prior.image_size
-    heldout = ImageStream(f"{FACES}/data/cats/heldout-*.tar", size, BATCH, training=False)
+    heldout = ImageStream(f"{args.root}/data/cats/heldout-*.tar", size, BATCH, training=False)
     cats = list(heldout)
     count = sum(len(batch.key) for batch in cats)
-    real = {
-        name: cycle(images)
-        for name, images in real_pictures(f"{FACES}/data/32/train-*.tar", size, count).items()
-    }
+    shards = f"{args.root}/data/{size}/train-*.tar"
+    real = {name: cycle(images) for name, images in real_pictures(shards, size, count).items()}
 
     def by_prior(start: float, invert: bool) -> Callable[[str, ImageBatch], Tensor]:
         sampler = DreamSampler(args.steps, start, args.guidance_scale)
@@ -103,12 +100,12 @@ def main() -> None:
         )
 
     write(
-        args.out / "real",
+        marks / "real",
         cats,
         lambda name, batch: torch.stack(list(islice(real[name], len(batch.key)))),
     )
-    write(args.out / "samples", cats, by_prior(0.98, False))
-    write(args.out / "dreamsampler", cats, by_prior(args.start, True))
+    write(marks / "samples", cats, by_prior(0.98, False))
+    write(marks / "dreamsampler", cats, by_prior(args.start, True))
 
 
 if __name__ == "__main__":

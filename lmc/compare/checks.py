@@ -30,13 +30,14 @@ class Checked:
     Attributes:
         prior: theirs.
         prompts: of every loss.
-        negative: the negative prompts, by label of the losses that have one.
+        further: what losses ask the prior besides, by label, and what to do where it does not
+            know that: `ScoreDistillation.further_prompts` and `prompts_note`.
         correctors: `BiasCorrector.digest`, by the name the losses give, such as a folder.
     """
 
     prior: Prior
     prompts: Sequence[str]
-    negative: Mapping[str, str]
+    further: Mapping[str, tuple[Sequence[str], str]]
     correctors: Mapping[str, str]
 
 
@@ -51,7 +52,7 @@ def configure(reader: ConfigReader, spec: Spec, args: Sequence[str]) -> dict[str
 def check(configs: Mapping[str, dict[str, Any]]) -> Checked:
     """Find out what is wrong with the configurations, by label, as far as it needs no weights."""
     seen: dict[str, str] = {}
-    negative: dict[str, str] = {}
+    losses: dict[str, ScoreDistillation] = {}
     correctors: dict[str, BiasCorrector] = {}
     for label, config in configs.items():
         same = seen.setdefault(json.dumps([config["model"][name] for name in OF_EACH]), label)
@@ -64,8 +65,7 @@ def check(configs: Mapping[str, dict[str, Any]]) -> Checked:
             loss.choose_time(_time(config["model"]["time"]))
         except (OSError, ValueError) as error:
             raise ValueError(f"the loss {label!r}: {error}") from error
-        if loss.negative_prompt is not None:
-            negative[label] = loss.negative_prompt
+        losses[label] = loss
         if isinstance(corrector := getattr(loss, "corrector", None), BiasCorrector):
             correctors[label] = corrector
     config = next(iter(configs.values()))
@@ -83,7 +83,12 @@ def check(configs: Mapping[str, dict[str, Any]]) -> Checked:
         except ValueError as error:
             raise ValueError(f"the loss {label!r}: {error}") from error
         digests[_corrector_name(configs[label]["model"]["loss"])] = corrector.digest()
-    return Checked(prior, model.prompts, negative, digests)
+    further = {
+        label: (prompts, loss.prompts_note)
+        for label, loss in losses.items()
+        if (prompts := loss.further_prompts(model.prompts[2:]))
+    }
+    return Checked(prior, model.prompts, further, digests)
 
 
 def embed(checked: Checked) -> None:
@@ -92,19 +97,19 @@ def embed(checked: Checked) -> None:
     Raises:
         ValueError: the prior, a class-conditional one, does not know a prompt; says whose it is.
     """
-    prior, negative = checked.prior, checked.negative
+    prior, further = checked.prior, checked.further
     try:
-        prior.embed([*checked.prompts, *negative.values()])
+        prior.embed(
+            [*checked.prompts, *(each for prompts, _ in further.values() for each in prompts)]
+        )
         return
     except ValueError as error:
         # Whose it was is asked then only: all in one call load the text encoder once.
-        for label, prompt in negative.items():
+        for label, (prompts, note) in further.items():
             try:
-                prior.embed([prompt])
+                prior.embed(prompts)
             except ValueError as its_own:
-                raise ValueError(
-                    f"the loss {label!r}: {its_own}: set negative_prompt to ''"
-                ) from its_own
+                raise ValueError(f"the loss {label!r}: {its_own}: {note}") from its_own
         raise ValueError(f"model.prompt, for every loss: {error}") from error
 
 

@@ -44,7 +44,7 @@ def compare(
         training: configuration of train_translator.py, or several, each over the one before.
         losses: such as lmc,sds,sds:guidance_scale=100; a loss is a name or a class path, a key an
             option of it, or time, how t is drawn, in place of the configuration's; quotes around a
-            loss with a comma in it; default every loss there is.
+            loss with a comma in it; default all but `csd` and `dvrf`.
         seeds: each loss once with each; default the configuration's seed_everything.
         out: folder to write; default runs/compare/ and the name of the first configuration.
         clip: that measures, folder or hub id.

@@ -82,7 +82,7 @@ def edits(
         out: folder to write.
         losses: with commas, each NAME[:OPTION=VALUE]*, such as lmc,sds:weighting=fantasia3d; the
             option time is how t is drawn, such as sdi:time=UniformTime:time.shared=true. The
-            default is every loss of lmc.losses.
+            default is every loss of lmc.losses but `csd` and `dvrf`.
         corrector: of the losses that take one and name none, such as lmc.
         guidance_scales: with commas.
         statistics_scale: the one of them that fig6.png and the spectrum error are of.
@@ -178,8 +178,7 @@ class Task:
     def embed(self) -> None:
         """All prompts, into the cache."""
         prompts = [p for each in self.edits for p in (each.source_prompt, each.prompt)]
-        negative = {loss.negative_prompt for loss in self.losses.values()}
-        embed(self.prior, prompts, [prompt for prompt in negative if prompt is not None])
+        embed(self.prior, prompts, self.losses.values(), [each.prompt for each in self.edits])
 
     def made_with(self) -> dict[str, Any]:
         """What the results follow from."""

@@ -174,9 +174,8 @@ def _optimise_one(
     check_task(renderer, **job.arguments())
     job.loss.choose_time(time)
     check_out(out, record)
-    negative = [] if job.loss.negative_prompt is None else [job.loss.negative_prompt]
     sources = job.source_prompts if job.loss.needs_source else None
-    embed(job.prior, [*job.prompts, *(sources or [])], negative)
+    embed(job.prior, [*job.prompts, *(sources or [])], [job.loss], job.prompts)
     write_text(out / RECORD, record)
     snapshots = {0: _thumbnail(start)}
     with Progress("optimising", steps) as progress:

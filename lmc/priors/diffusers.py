@@ -1,5 +1,6 @@
 """DiffusersPrior, which speaks the Prior protocol for models in diffusers format."""
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +128,7 @@ class DiffusersPrior:
         self._vae: Any = None
         self._lora: dict[str, torch.nn.Parameter] = {}
         self._lora_layers: list[Any] = []
+        self._copy: Any = None  # in place of a LoRA
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -264,13 +266,13 @@ class DiffusersPrior:
         """
         return self._predict(z_t, t, embedding)
 
-    def add_lora(self, rank: int) -> dict[str, torch.nn.Parameter]:
+    def add_lora(self, rank: int | None) -> dict[str, torch.nn.Parameter]:
         """Add a LoRA to the denoiser's attention projections; one that is there is replaced.
 
         It begins the same every time, on every device.
 
         Args:
-            rank: of the LoRA; its scale is 1.
+            rank: of the LoRA; its scale is 1. None: in place of a LoRA a copy of the denoiser.
 
         Returns:
             The LoRA's weights by name, float32; untrained they change nothing.
@@ -280,9 +282,13 @@ class DiffusersPrior:
             ValueError: the denoiser has no attention.
         """
         denoiser = self._loaded(self._denoiser)
-        if self._lora:
+        if self._lora and self._copy is None:
             remove_lora(denoiser)
-            self._lora = {}
+        self._lora, self._copy = {}, None
+        if rank is None:
+            self._copy = copy.deepcopy(denoiser).float().requires_grad_(True)
+            self._lora = dict(self._copy.named_parameters())
+            return self._lora
         try:
             self._lora = add_lora(denoiser, rank)
         except ValueError as error:
@@ -298,20 +304,30 @@ class DiffusersPrior:
         """
         if not self._lora:
             raise RuntimeError("call prior.add_lora(rank) before predict_lora")
+        if self._copy is not None:
+            return self._predict(z_t, t, embedding, self._copy, torch.float32)
         switch_lora(self._lora_layers, self._lora, True)
         try:
             return self._predict(z_t, t, embedding)
         finally:
             switch_lora(self._lora_layers, self._lora, False)
 
-    def _predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:
-        denoiser = self._loaded(self._denoiser)
+    def _predict(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        embedding: Embedding,
+        other: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(eps, z_hat) of the denoiser, or of another one of its kind in a dtype of its own."""
+        denoiser, dtype = other or self._loaded(self._denoiser), dtype or self.dtype
         # The prior runs in its own dtype, whatever autocast the trained network runs under.
         with torch.autocast(z_t.device.type, enabled=False):
             raw = denoiser(
-                z_t.to(self.dtype),
+                z_t.to(dtype),
                 timestep=self.schedule.timestep(t),
-                **self._conditions(embedding),
+                **self._conditions(embedding, dtype),
                 return_dict=False,
             )[0]
         wide = torch.promote_types(z_t.dtype, torch.float32)
@@ -320,10 +336,10 @@ class DiffusersPrior:
             raw[:, : self.channels].to(wide), z_t.to(wide), alpha_t, sigma_t, self.prediction_type
         )
 
-    def _conditions(self, embedding: Embedding) -> dict[str, Any]:
+    def _conditions(self, embedding: Embedding, dtype: torch.dtype) -> dict[str, Any]:
         """An embedding as keyword arguments of the denoiser."""
         given: dict[str, Any] = {
-            name: value.to(self.dtype) if value.is_floating_point() else value
+            name: value.to(dtype) if value.is_floating_point() else value
             for name, value in embedding.tensors.items()
         }
         if "text_embeds" in given:  # SDXL's U-Net has no arguments for these

@@ -89,8 +89,11 @@ class Prior(Protocol):
 class LoraPrior(Prior, Protocol):
     """A prior whose denoiser can have a LoRA beside its frozen weights, as VSD needs."""
 
-    def add_lora(self, rank: int) -> dict[str, torch.nn.Parameter]:
-        """Add a LoRA that changes nothing yet; its weights by name. `predict` never uses it."""
+    def add_lora(self, rank: int | None) -> dict[str, torch.nn.Parameter]:
+        """Add a LoRA that changes nothing yet; its weights by name. `predict` never uses it.
+
+        Of rank None it is a copy of the whole denoiser.
+        """
         ...
 
     def predict_lora(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> tuple[Tensor, Tensor]:

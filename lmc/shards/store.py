@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lmc.progress import Progress
 from lmc.schedule import TIME_RANGE, check_time_range
 from lmc.shards.images import ImageBatch, ImageStream, from_uint8, resize, to_uint8
 from lmc.shards.stream import (
+    ahead,
     at_least_one,
     check_rank,
     check_shard,
@@ -167,11 +168,11 @@ def _triplet_samples(
     """The samples of one triplet shard, from the images of another; fills `skipped`."""
     times = what.times_per_image
     origin = _origin(prior.identity, what.time_range)
-    for batch in stream:
+    for batch in ahead(stream):
         skipped += batch.skipped
         if not batch.key:
             continue
-        z, files = _to_stored(prior, batch, device)
+        z, encode = _to_stored(prior, batch, device)
         t, eps = zip(*(draw_for(key, z.shape[1:], what) for key in batch.key), strict=True)
         x = sample_triplets(
             prior,
@@ -180,6 +181,7 @@ def _triplet_samples(
             torch.cat(eps).to(device),
             null.expand(len(z) * times),
         )
+        files = encode()  # while a GPU computes
         z_hat = x.z_hat.to("cpu", torch.float16).unflatten(0, (len(z), times))
         for i, key in enumerate(batch.key):
             if not z_hat[i].isfinite().all():
@@ -199,15 +201,15 @@ def _triplet_samples(
 
 def _to_stored(
     prior: Prior, batch: ImageBatch, device: torch.device | str
-) -> tuple[Tensor, list[dict[str, bytes]]]:
-    """z as it will be read back, float32 (B, C, H, W) on the CPU, and the files that store it."""
+) -> tuple[Tensor, Callable[[], list[dict[str, bytes]]]]:
+    """z as it will be read back, float32 (B, C, H, W) on the CPU; what makes the files of it."""
     image = resize(batch.image.to(device), prior.image_size)
     z = prior.encode(image)
     if not prior.latent:
         pixels = to_uint8(z).cpu()
-        return from_uint8(pixels), [{"png": _png(one)} for one in pixels]
+        return from_uint8(pixels), lambda: [{"png": _png(one)} for one in pixels]
     half = z.to("cpu", torch.float16)
-    return half.float(), [{"z.npy": _npy(one)} for one in half]
+    return half.float(), lambda: [{"z.npy": _npy(one)} for one in half]
 
 
 def _png(pixels: Tensor) -> bytes:

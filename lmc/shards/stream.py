@@ -11,8 +11,9 @@ import random
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -303,6 +304,22 @@ class ShardStream(IterableDataset):
                     yield from group_by_keys(tar_file_expander([{"url": url, "stream": file}]))
 
         return itertools.islice(every(), limit)
+
+
+T = TypeVar("T")
+
+
+def ahead(batches: Iterable[T]) -> Iterator[T]:
+    """The same, of which a thread reads the next while the caller works on this one.
+
+    A training has a loader's workers for that; this needs no processes.
+    """
+    batches = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
 
 
 class BrokenSample(ValueError):

@@ -28,7 +28,7 @@ from torch import Tensor
 from lmc.priors import Embedding, Prior, check_identity, say_unchecked
 from lmc.schedule import TIME_RANGE, UniformTime, add_noise
 from lmc.shards.images import ImageBatch, as_floats, decode_pixels, resize
-from lmc.shards.stream import BrokenSample, ShardStream, about_of, where_of
+from lmc.shards.stream import BrokenSample, ShardStream, about_of, ahead, where_of
 
 RECORD = "triplets.json"  # beside the shards: what they were made with
 
@@ -174,7 +174,7 @@ def triplets_of(
     """
     null = prior.embed([""]).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    for batch in images:
+    for batch in ahead(images):
         if not len(batch.image):  # only broken samples were left for the last batch of a pass
             continue
         with torch.no_grad():
@@ -282,41 +282,45 @@ class TripletStream(ShardStream):
     def samples(self, urls: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Each raw sample once for every time, with its number as 'repetition'.
 
-        They share 'decoded', where `_decode` leaves z for the next of them.
+        They share 'decoded', where `_decode` leaves what it read for the next of them.
         """
         for sample in super().samples(urls, limit):
             try:
                 times = len(_about(sample)["t"])
             except BrokenSample:
                 times = 1  # once, for _decode to refuse it
-            decoded: list[Tensor] = []
+            decoded: list[tuple[Tensor, Tensor, list[float]]] = []
             for repetition in range(times):
                 yield {**sample, "repetition": repetition, "decoded": decoded}
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, Tensor, float, str]:
+        decoded, repetition = sample["decoded"], sample["repetition"]
+        if not decoded:
+            decoded.append(self._read(sample))
+        z, z_hat, t = decoded[0]
+        return z, z_hat[repetition], t[repetition], sample["__key__"]
+
+    def _read(self, sample: dict[str, Any]) -> tuple[Tensor, Tensor, list[float]]:
+        """z (C, H, W), and z_hat (N, C, H, W) and t at all of an image's times."""
         about, where = _about(sample), where_of(sample)
         if about["origin"] != self.origin:
             raise ValueError(
                 f"{where} is of another origin than the first triplet: {about['origin']}, "
                 f"there {self.origin}"
             )
-        repetition = sample["repetition"]
         try:
-            z_hat = _tensor(read_npy(sample["z_hat.npy"])[repetition])
-            decoded = sample["decoded"]
-            if not decoded:
-                stored = "png" in sample
-                decoded.append(
-                    decode_pixels(sample["png"]) if stored else _tensor(read_npy(sample["z.npy"]))
-                )
-            (z,) = decoded
-        except (KeyError, IndexError, ValueError) as error:
+            z_hat = _tensor(read_npy(sample["z_hat.npy"]))
+            stored = "png" in sample
+            z = decode_pixels(sample["png"]) if stored else _tensor(read_npy(sample["z.npy"]))
+        except (KeyError, ValueError) as error:
             raise BrokenSample(f"{where}: {error!r}") from error
-        if z.shape != z_hat.shape:
-            raise BrokenSample(f"{where}: z is {tuple(z.shape)}, z_hat {tuple(z_hat.shape)}")
+        times = len(about["t"])
+        if z_hat.shape != (times, *z.shape):
+            found = f"z is {tuple(z.shape)}, z_hat {tuple(z_hat.shape)}"
+            raise BrokenSample(f"{where}: {found}, of {times} times")
         if not (z.isfinite().all() and z_hat.isfinite().all()):
             raise BrokenSample(f"{where}: not finite")
-        return z, z_hat, about["t"][repetition], sample["__key__"]
+        return z, z_hat, about["t"]
 
     def _collate(
         self,

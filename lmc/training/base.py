@@ -370,13 +370,6 @@ def leads() -> bool:
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
-def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on a device, without waiting for what that is doing."""
-    if device.type == "cuda":
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)
-
-
 def plain(value: Any) -> Any:
     """Nested containers as lists and dicts, which a checkpoint may hold without pickle."""
     if isinstance(value, dict):

@@ -111,7 +111,9 @@ def build_model(
     given = {**config, "prior": prior or UNKNOWN} if "prior" in config else dict(config)
     if "loss" in given:
         # It may load a corrector's weights.
-        given["loss"] = SimpleNamespace(choose_time=lambda time: time, negative_prompt=None)
+        given["loss"] = SimpleNamespace(
+            choose_time=lambda time: time, further_prompts=lambda targets: []
+        )
     with torch.device("meta"):
         return model_class(**given)
 

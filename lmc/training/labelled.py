@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmc.device import to_device
 from lmc.errors import require
 from lmc.shards.stream import is_remote
-from lmc.training.base import TrainingModule, leads, to_device
+from lmc.training.base import TrainingModule, leads
 
 ASKED = 20  # steps between two looks at the clock, for which all processes wait for one another
 FEW = 50  # images of a class, of fewer of which it is said that they are learnt by heart

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lmc.corrector import BiasCorrector
-from lmc.device import Compile, compile_in_place
+from lmc.device import Compile, compile_in_place, to_device
 from lmc.errors import about, require
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.measure.evaluate import Prompts
@@ -20,7 +20,7 @@ from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
-from lmc.training.base import StepDecay, TrainingModule, leads, show, to_device
+from lmc.training.base import StepDecay, TrainingModule, leads, show
 from lmc.training.resume import covers
 from lmc.training.validation import Heldout, Validation, load_tools, load_truth
 from lmc.translator import Translator
@@ -199,8 +199,7 @@ class TranslatorTraining(TrainingModule):
         # Those that compete in R-Precision are the targets' and the source's, as in lmc evaluate.
         self.heldout_prompts = Prompts(targets, [*targets.values(), prompt.format(source)])
         self.source, self.validation = source, validation
-        if loss.negative_prompt is not None:
-            self.prompts.append(loss.negative_prompt)
+        self.prompts += loss.further_prompts([*targets.values()])
         self.every_class, self.patches = every_class, patches
         self.l2_rescale, self.l2_size = l2_rescale, l2_size
         self.score_weight, self.l2_weight = score_weight, l2_weight
@@ -326,6 +325,7 @@ class TranslatorTraining(TrainingModule):
                 z_source = self.view(image, windows)
         self.batches_done += 1
         zeros = torch.zeros_like(class_id)
+        described = range(len(self.loss.suffixes))
         inputs = LossInputs(
             z.detach(),
             t,
@@ -338,11 +338,13 @@ class TranslatorTraining(TrainingModule):
             eps_fixed=self.fixed_noise(z) if self.loss.fixed_noise else None,
             t_host=t_host,
             repeats=repeats,
+            described=[self.embedding[2 + (1 + i) * classes + class_id] for i in described],
+            progress=self.progress,
         )
         # In float32, the corrector too: b(z, t) - z_hat is a small difference.
         with torch.autocast(z.device.type, enabled=False):
             gradient = self.loss(self.prior, inputs)
-            if self.loss.learns:
+            for _ in range(self.loss.updates if self.loss.learns else 0):
                 again = self.draw(z.detach()[::repeats], generator, host, repeats)
                 t_again, eps_again, on_host = again
                 drawn = replace(inputs, t=t_again, eps=eps_again, t_host=on_host)
@@ -364,6 +366,11 @@ class TranslatorTraining(TrainingModule):
         for name, term in gradient.terms.items():
             self.log_by_time(f"gradient_{name}", term.square().mean((1, 2, 3)).sqrt(), t)
         return score_weight * score + l2_weight * l2
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done."""
+        return self.global_step / max(1, self.trainer.max_steps)
 
     def windows(self, count: int, repeats: int, generator: torch.Generator) -> list[Window] | None:
         """What the loss sees of `count` images, each `repeats` times; None: all of them, whole."""
@@ -391,8 +398,7 @@ class TranslatorTraining(TrainingModule):
             generator: of eps, on the device of z.
             host: of t, on the CPU.
         """
-        progress = self.global_step / max(1, self.trainer.max_steps)
-        t = self.time.draw(len(z), progress, host, z.dtype).repeat_interleave(repeats, 0)
+        t = self.time.draw(len(z), self.progress, host, z.dtype).repeat_interleave(repeats, 0)
         eps = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         return to_device(t, z.device), eps.repeat_interleave(repeats, 0), t.tolist()
 

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import train_translator
-from lmc.losses import VSD, LossInputs
+from lmc.losses import DMD, VSD, LossInputs
 from lmc.priors import DiffusersPrior
 
 import worlds
@@ -59,6 +59,35 @@ def test_a_lora_learns_and_the_prior_stays_as_it_was(family_folder, name):
         vsd.learn(prior, x)
     assert error() < 0.999 * start
     assert torch.equal(prior.predict(x.z, x.t, x.target)[0], before)
+
+
+@pytest.mark.parametrize("name", ["if", "sd35"])
+def test_a_copy_of_the_denoiser_learns_in_the_place_of_a_lora(family_folder, name):
+    """In float32, beside a prior in bfloat16 that stays as it was."""
+    prior = loaded(family_folder(name), dtype="bfloat16")
+    x = inputs(prior, ["a photo of a cat", "a dog"])
+    before = prior.predict(x.z, x.t, x.target)[0]
+    dmd = DMD(lora_rank=None, lora_lr=1e-3)
+    dmd.prepare(prior, "cpu")
+    assert {weight.dtype for weight in dmd.lora.values()} == {torch.float32}
+    assert not any(weight.requires_grad for weight in prior._denoiser.parameters())
+
+    def error() -> float:
+        alpha_t, sigma_t = prior.schedule.coefficients(x.t)
+        with torch.no_grad():
+            eps, _ = prior.predict_lora(alpha_t * x.z + sigma_t * x.eps, x.t, x.target)
+        return (eps - x.eps).square().mean().item()
+
+    start = error()
+    for _ in range(5):
+        dmd.learn(prior, x)
+    assert error() < 0.99 * start
+    assert torch.equal(prior.predict(x.z, x.t, x.target)[0], before)
+    assert dmd(prior, x).total.isfinite().all()
+    vsd = VSD()
+    vsd.prepare(prior, "cpu")  # a LoRA takes the copy's place
+    assert len(vsd.lora) != len(dmd.lora)
+    torch.testing.assert_close(prior.predict_lora(x.z, x.t, x.target)[0], before)
 
 
 def test_a_denoiser_without_attention_takes_no_lora(family_folder):

@@ -8,6 +8,7 @@ import random
 import signal
 import struct
 import tarfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from lmc.shards.images import (
     to_uint8,
     write_shard,
 )
-from lmc.shards.stream import ROUND, expand_shards, local_shards
+from lmc.shards.stream import ROUND, ahead, expand_shards, local_shards
 from lmc.training.data import ImageData
 
 import worlds
@@ -757,6 +758,28 @@ def test_the_held_out_are_the_smallest_hashes(count, heldout):
     threshold = max(hashes[name] for name in chosen)
     assert chosen == {name for name in names if hashes[name] <= threshold}
     assert heldout_names(reversed(names)) == chosen
+
+
+def test_what_is_read_ahead_is_the_same_and_one_is():
+    read: list[int] = []
+
+    def batches() -> Iterator[int]:
+        for i in range(5):
+            read.append(i)
+            yield i
+        raise ValueError("broken")
+
+    found = []
+    with pytest.raises(ValueError, match="broken"):
+        for number in ahead(batches()):
+            while len(read) < min(number + 2, 5):  # the thread's turn; a test that hangs has failed
+                time.sleep(0.001)
+            found.append(number)
+    assert found == [*range(5)]
+    read.clear()
+    endless = ahead(itertools.count())
+    assert [next(endless) for _ in range(3)] == [0, 1, 2]
+    endless.close()
 
 
 def test_a_written_shard_is_read_back(tmp_path):
