@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint docs
 
 demo: .venv/ready
 	$(BIN)/python data/demo/run.py
@@ -11,6 +11,9 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
+
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: .venv/ready
 	$(BIN)/ruff check .
