@@ -17,6 +17,7 @@ ORDER = (
     *("losses", "specs", "patches", "optimize", "dreamsampler"),
     "measure",
     *("release", "closed_form"),
+    "export",
     "one_image",
     "training",
     "compare",
