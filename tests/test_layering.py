@@ -17,7 +17,7 @@ ORDER = (
     *("losses", "specs", "patches", "optimize", "dreamsampler"),
     "measure",
     *("release", "closed_form"),
-    "export",
+    *("export", "page"),
     "one_image",
     "training",
     "compare",

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("lmc.measure.commands.report", "one HTML page of what was measured"),
     "release": ("lmc.release.release", "turn a run folder into a release"),
     "export": ("lmc.export.export", "write a release as ONNX, for programs without Python"),
+    "page": ("lmc.page.page", "write a web page that runs a translator in the browser"),
     "translate": ("lmc.translate.translate", "translate image files"),
     "compare": (
         "lmc.compare.comparison.compare",
