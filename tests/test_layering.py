@@ -17,6 +17,7 @@ ORDER = (
     *("losses", "specs", "patches", "optimize", "dreamsampler"),
     "measure",
     *("card", "release", "closed_form"),
+    *("export", "page"),
     "one_image",
     "training",
     "compare",

@@ -105,6 +105,7 @@ def test_a_command_names_the_extra_that_it_needs():
         "report pyproject.toml --out y": "evaluate",
         "compare configs/translator/demo.yaml --out x": "train",
         "release x --out y": "train",
+        "export x --out y": "onnx",
         "dreamsampler edit --image x": "train",
     }
     code = """

@@ -35,6 +35,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "report": ("lmc.measure.commands.report", "one HTML page of what was measured"),
     "release": ("lmc.release.release", "turn a run folder into a release"),
+    "export": ("lmc.export.export", "write a release as ONNX, for programs without Python"),
+    "page": ("lmc.page.page", "write a web page that runs a translator in the browser"),
     "translate": ("lmc.translate.translate", "translate image files"),
     "compare": (
         "lmc.compare.comparison.compare",
@@ -63,7 +65,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 # What extra is enough for a command: these, and 'train' for all others but `translate`.
-EVALUATION = ("evaluate", "report")
+EXTRA = {"evaluate": "evaluate", "report": "evaluate", "export": "onnx", "page": "onnx"}
 
 # Of trainings: what a configuration that a command takes is one of.
 STAGES = {
@@ -97,7 +99,7 @@ def run(args: Sequence[str]) -> None:
         sys.exit(0 if asked else 2)
     words = args[len(name.split()) :]
     check_options(name, words)
-    with needs(f"lmc {name}", "evaluate" if name in EVALUATION else "train"):
+    with needs(f"lmc {name}", EXTRA.get(name, "train")):
         _run(name, words)
 
 

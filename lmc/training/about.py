@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lmc.device import processor
 from lmc.files import write_json
 from lmc.measure.results import versions
 
@@ -90,18 +91,6 @@ def hardware(device: torch.device, processes: int) -> str:
         return f"{torch.cuda.get_device_name(device)} x {processes}"
     cpu = f"{processor()}, {os.cpu_count()} cores"
     return cpu if device.type == "cpu" else f"{cpu}, {device.type}"
-
-
-def processor() -> str:
-    """The CPU's model, as far as the system says."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, model = line.partition(":")
-            if name.strip() == "model name":
-                return model.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def source_commit(folder: Path = PACKAGE) -> Mapping[str, Any]:

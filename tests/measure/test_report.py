@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -596,23 +595,6 @@ def test_a_folder_that_no_training_wrote_is_not_shown(world, tmp_path):
 
 # ---------------------------------------------------------------------------------------------
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium, where there is one."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        # Set where the test must not be passed over.
-        if os.environ.get("CHROMIUM_REQUIRED"):
-            pytest.fail("CHROMIUM_REQUIRED is set and there is no chromium on the path")
-        pytest.skip("no chromium on the path (Debian's package chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
