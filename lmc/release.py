@@ -4,6 +4,7 @@ translator = Translator.from_pretrained("runs/mine/release")  # a folder or a hu
 huggingface_hub.upload_folder(repo_id="me/cats-to-others", folder_path="runs/mine/release")
 """
 
+import copy
 import os
 import shutil
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ def release(
     row: str | None = None,
     unmeasured: bool = False,
     picture: Path | None = None,
+    half: bool = False,
 ) -> None:
     """Turn a run folder into a release: model.safetensors, config.json and README.md, the card.
 
@@ -80,6 +82,7 @@ def release(
         row: which row of it is this network's, where there are several.
         unmeasured: release it all the same where nothing was measured; the card says so.
         picture: a PNG for the card.
+        half: weights in float16, half the file; they are float32 again when loaded.
 
     Raises:
         FileNotFoundError, ValueError: see `read_checkpoint`.
@@ -122,8 +125,10 @@ def release(
     which = ", the best of the run by held-out R-Precision" if best else ""
     batch = f" of {state['batch']} images" if state.get("batch") else ""
     how = f"{step} steps{batch}{which}; averaged weights"
+    how += ", rounded to float16 after they were measured" if half else ""
     training = Training(how, config, state.get("identities", {}))
-    write_release(network, out, training, terms, measured, picture, folder / "config.yaml")
+    of_run = folder / "config.yaml"
+    write_release(network, out, training, terms, measured, picture, of_run, half)
     print(
         f"released to {out}: license {terms.license}; trained on {terms.data}; "
         f"prior {terms.prior_license}"
@@ -268,6 +273,7 @@ def write_release(
     measured: Measured | Mapping[str, Any] | None = None,
     picture: Path | None = None,
     config: Path | None = None,
+    half: bool = False,
 ) -> None:
     """Write model.safetensors, config.json and README.md (the card) into `out`.
 
@@ -280,6 +286,7 @@ def write_release(
             numbers: nothing was, and the card says so.
         picture: a PNG to show on the card.
         config: YAML of its training, which is copied.
+        half: weights in float16.
 
     Raises:
         ValueError: see `Terms.check` and `check_out`.
@@ -292,7 +299,7 @@ def write_release(
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / out.name
-        network.save_pretrained(partial)
+        (copy.deepcopy(network).half() if half else network).save_pretrained(partial)
         beside = _copy_beside(partial, picture, config)
         text = network_card(network, out.name, terms, training, measured, beside)
         (partial / "README.md").write_text(text, encoding="utf-8")

@@ -442,6 +442,25 @@ def test_another_kind_of_network_is_refused_by_its_own_class(tmp_path, old):
                     kind.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", [Translator, HybridCorrector])
+def test_half_a_release_is_the_network_with_rounded_weights(kind, tmp_path):
+    if kind is Translator:
+        network = Translator(["dog"], 16, [8, 8]).eval()
+    else:
+        network = HybridCorrector(3, {"size": 8}, [8, 8], prior=PRIOR).eval()
+    for name, half in (("whole", False), ("half", True)):
+        how = {"terms": Terms(**TERMS), "half": half}
+        write_release(network, tmp_path / name, "by hand", **how)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = load_network(str(tmp_path / "half"))
+    assert type(loaded) is type(network) and loaded.arguments == network.arguments
+    for name, value in network.state_dict().items():
+        found = loaded.state_dict()[name]
+        expected = value.half().float() if value.is_floating_point() else value
+        assert torch.equal(found, expected) and found.dtype == value.dtype
+
+
 def test_from_pretrained_takes_what_the_hub_needs(two_revisions, tmp_path):
     """A revision, either way; a cache elsewhere, in which there is nothing."""
     expected = two_revisions["me/translator@v1"].state_dict()
