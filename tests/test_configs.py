@@ -116,8 +116,7 @@ def test_configs_build_their_training(
         config = yaml.safe_load(file.read_text())
         assert stated(config, **given).prior_license.startswith(f"{repo}, ")
     else:
-        plain = CONFIGS / stage / "faces.yaml"
-        assert stated(yaml.safe_load(plain.read_text())).license == "apache-2.0"
+        assert stated(yaml.safe_load(file.read_text())).license == "apache-2.0"
 
 
 def test_eight_classes_are_all_that_the_demo_draws(monkeypatch):

@@ -189,7 +189,7 @@ def test_folders_are_safe_and_tell_labels_apart():
     [
         ("", ["known are", "sds"]),
         ("sds,", ["''", "known are"]),
-        ("sdss", ["'sdss'", "sds, cond, lmc"]),
+        ("sdss", ["'sdss'", "sds, cond"]),
         ("sds:guidance_scale", ["'sds:guidance_scale'"]),
         ("sds:omega=3", ["'omega'", "guidance_scale, weighting"]),
         ("sds:rescale=true:rescale=false", ["'rescale' twice"]),
