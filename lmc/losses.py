@@ -649,7 +649,7 @@ class DMD(VSD):
 
     name = "dmd"
     evaluations_note = "`updates` of them train the LoRA"
-    evaluations = staticmethod(
+    evaluations = staticmethod(  # type: ignore[assignment]  # all options are given, by name
         lambda guidance_scale, updates, **_: _branches(guidance_scale) + 1 + updates
     )
 
@@ -806,7 +806,7 @@ class Bridge(SDS):
     name = "bridge"
     prompts_note = "the loss adds words to prompts, which a prior of classes does not know"
     evaluations_note = "at most"
-    evaluations = staticmethod(lambda **_: 2)
+    evaluations = staticmethod(lambda guidance_scale, **_: 2)
 
     def __init__(
         self,

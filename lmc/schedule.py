@@ -244,7 +244,7 @@ def from_eps_and_z_hat(
     raise ValueError(_unknown(prediction_type))
 
 
-def guide(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor:
+def guide(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: Tensor | float) -> Tensor:
     """Classifier-free guidance: eps_uncond + ω (eps_cond − eps_uncond); ω = 1 is eps_cond."""
     return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
