@@ -143,8 +143,8 @@ class Scene(nn.Module):
     ) -> Rendering:
         """Views by volume rendering: a sample of density σ stands for its step δ of the ray.
 
-            weight_i = exp(-Σ_{j<i} σ_j δ) (1 - exp(-σ_i δ)),   pixel = Σ weight_i colour_i
-                       + exp(-Σ σ_j δ) background
+            weight_i = exp(-Σ_{j<i} σ_j δ) (1 - exp(-σ_i δ))
+            pixel    = Σ_i weight_i colour_i + exp(-Σ_j σ_j δ) background
 
         Args:
             cameras: N, outside the scene.
@@ -236,7 +236,10 @@ class Scene(nn.Module):
         if not self.tolerance:
             return torch.ones_like(points[..., 0], dtype=torch.bool)
         bound = math.log(math.expm1(self.tolerance / (8 * self.radius)))  # before the softplus
-        voxels = F.max_pool3d(self.density.detach(), 2, stride=1)[0, 0] > bound
+        voxels = self.density.detach()[0, 0] > bound
+        voxels = voxels[1:] | voxels[:-1]
+        voxels = voxels[:, 1:] | voxels[:, :-1]
+        voxels = voxels[..., 1:] | voxels[..., :-1]
         cells = self.resolution - 1
         x, y, z = (((points / self.radius + 1) / 2 * cells).long().clamp(0, cells - 1)).unbind(-1)
         return voxels.flatten()[(z * cells + y) * cells + x]
@@ -295,10 +298,10 @@ class Scene(nn.Module):
         Raises:
             ValueError: there is none.
         """
-        most = float(F.softplus(self.density.max()))
-        require(0 < density < most, "density", f"above 0 and below {most:.3g}, its most", density)
         inside = vertices(self.resolution, self.radius).norm(dim=-1) <= self.radius
         field = F.softplus(self.density[0, 0]).cpu() * inside
+        most = float(field.max())
+        require(0 < density < most, "density", f"below the scene's most, {most:.3g}", density)
         points, faces = surface(field, density)
         points = (points / (self.resolution - 1) * 2 - 1) * self.radius
         colours = self._read(self.colour, points.to(self.density)).sigmoid()

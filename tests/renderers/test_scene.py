@@ -34,11 +34,9 @@ def camera(azimuth: float = 0, elevation: float = 0, distance: float = 2.0, view
 def painted(resolution: int = 48, samples: int = 64) -> Scene:
     """The three spheres, in voxels."""
     scene, points = Scene(resolution, samples=samples), vertices(resolution, 1.0)
-    raw, colour = torch.full_like(points[..., 0], -60.0), torch.zeros_like(points)
-    for centre, radius, of_it in SPHERES:
-        far = (points - torch.tensor(centre)).norm(dim=-1)
-        raw = torch.maximum(raw, (2000 * (radius - far)).clamp(-60, 600))
-        colour[far < radius + 0.1] = 8 * torch.tensor(of_it)
+    centres, radii, colours = (torch.tensor(each) for each in zip(*SPHERES, strict=True))
+    inside, which = (radii - (points[..., None, :] - centres).norm(dim=-1)).max(-1)
+    raw, colour = (2000 * inside).clamp(-60, 600), 8 * colours[which]
     scene.density.data, scene.colour.data = raw[None, None], colour.permute(3, 0, 1, 2)[None]
     return scene
 
@@ -79,28 +77,31 @@ def chords(cameras: Cameras, size: int, radius: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("jitter", [None, 0])
+@torch.no_grad()
 def test_a_homogeneous_ball_lets_through_what_the_closed_form_says(jitter):
     """exp(-σ chord), at each pixel another chord; some rays miss the ball."""
     scene, cameras = flat(0.3, radius=0.8), Orbits(field_of_view=(70, 70)).draw(3, generator())
     chord = chords(cameras, 9, 0.8)
-    assert chord.min() == 0 and 1.2 < chord.max() < 1.6
+    assert chord.min() == 0 and chord.max() > 1.5
     drawn = generator(jitter) if jitter is not None else None
     opacity = scene.render(cameras, 9, generator=drawn).opacity
     expected = 1 - torch.exp(-math.log1p(math.exp(0.3)) * chord)
-    torch.testing.assert_close(opacity, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(opacity, expected, atol=2e-5, rtol=0)
 
 
 def test_a_ball_of_voxels_lets_through_about_what_the_closed_form_says():
     """Nothing outside half the radius, so that empty space is gone through as well."""
     scene, cameras = Scene(129, samples=256), Orbits(field_of_view=(40, 40)).draw(2, generator())
     far = vertices(129, 1.0).norm(dim=-1)
-    scene.density.data = (200 * (0.5 - far)).clamp(-20, 3)[None, None]
     sigma = math.log1p(math.exp(3))
+    half = math.log(math.expm1(sigma / 2))  # the parameter where the density is half of it
+    scene.density.data = (200 * (0.5 - far) + half).clamp(-20, 3)[None, None]
     opacity = scene.render(cameras, 15).opacity.detach().double()
     error = (opacity - 1 + torch.exp(-sigma * chords(cameras, 15, 0.5))).abs()
     assert error.mean() < 0.01 and opacity.max() > 0.9
 
 
+@torch.no_grad()
 def test_the_weights_of_a_pixel_sum_to_its_opacity():
     """White before black shows them: the image is their sum."""
     scene, cameras = painted(), Orbits().draw(2, generator())
@@ -121,7 +122,7 @@ class Regularised(torch.nn.Module):
         self.scene = scene
 
     def forward(self, cameras: Cameras) -> torch.Tensor:
-        values = self.scene.regularisers(self.scene.render(cameras, 3))
+        values = self.scene.regularisers(self.scene.render(cameras, 2))
         return torch.stack([values["sparsity"], values["opacity"]])
 
 
@@ -138,7 +139,7 @@ def test_gradients_are_those_of_finite_differences(shading):
     cameras = Orbits(field_of_view=(40, 40)).draw(2, generator(1))
     module = tiny() if shading else Regularised(tiny())
     names, values = zip(*module.named_parameters(), strict=True)
-    inputs = (cameras, 3, shading) if shading else (cameras,)
+    inputs = (cameras, 2, shading) if shading else (cameras,)
 
     def call(*values):
         return torch.func.functional_call(module, dict(zip(names, values, strict=True)), inputs)
@@ -163,7 +164,7 @@ def test_a_known_scene_is_recovered_from_its_pictures():
         groups = scene.parameter_groups(0.5)
         groups[1]["lr"] = 0.5  # black is far from grey
         adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        for _ in range(60):
+        for _ in range(25):
             cameras = orbits.draw(2, draws)
             image = scene(cameras, 32, generator=draws)
             adam.zero_grad()
@@ -172,6 +173,7 @@ def test_a_known_scene_is_recovered_from_its_pictures():
     assert psnr(scene(held_out, 32), expected) > 27
 
 
+@torch.no_grad()
 def test_the_rendering_is_the_traced_one():
     cameras = Orbits(elevation=(-10, 60)).draw(6, generator(3))
     black = replace(cameras, background=-torch.ones(6, 3))
@@ -276,7 +278,7 @@ def test_the_turntable_goes_around_once_or_to_and_fro():
 
 
 def test_it_begins_as_a_blob():
-    density = F.softplus(Scene(33).density[0, 0])
+    density = F.softplus(Scene(33).density.detach()[0, 0])
     assert float(density[16, 16, 16]) == pytest.approx(10, abs=1e-3)
     assert float(density[16, 16, 24]) == pytest.approx(math.log(2))  # at half the radius
     assert float(density[16, 16, 32]) == pytest.approx(math.exp(-10), rel=1e-3)
@@ -310,11 +312,11 @@ def test_a_lit_ball_is_lamberts():
         directions, origin = view.rays(24)[0], view.position[0]
         along = (directions * origin).sum(-1)
         inside = along**2 - (origin.square().sum() - 0.25)
-        hit = inside > 0.02  # not at the rim
+        hit = inside > 0.05  # not at the rim
         normal = 2 * (origin - (along + inside.clamp(min=0).sqrt())[..., None] * directions)
         expected = 0.1 + 0.9 * (normal @ towards[0]).clamp(min=0)
         shown = (ball()(cameras, 24, "textureless")[0, 0] + 1) / 2
-        assert hit.sum() > 200 and (shown - expected)[hit].abs().mean() < 0.02
+        assert hit.sum() > 200 and (shown - expected)[hit].abs().mean() < 0.03
         # The colour, grey here, times the same.
         lit = (ball()(cameras, 24, "diffuse")[0, 0] + 1) / 2
         torch.testing.assert_close(lit[hit], shown[hit] / 2, atol=2e-3, rtol=0)
@@ -499,7 +501,10 @@ def test_the_mesh_is_the_closed_surface_of_what_is_there(tmp_path):
         (lambda: Scene(4)(camera(distance=0.5), 4), "camera is inside the scene, got 0.5"),
         (lambda: Scene(4)(camera(), 4, "neon"), "shading must be one of ambient, .* 'neon'"),
         (lambda: Scene(4)(camera(), 0), "size must be at least 1, got 0"),
-        (lambda: Scene(4).export_ply(None, density=50), "density must be .* below .*, its most"),
+        (
+            lambda: Scene(4).export_ply(None, density=50),
+            "density must be below the scene's most, .*, got 50",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(call, said):
