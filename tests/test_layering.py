@@ -14,7 +14,7 @@ ORDER = (
     "priors",
     "shards",
     *("corrector", "filter", "translator", "load", "translate"),
-    *("losses", "specs", "patches", "optimize", "dreamsampler"),
+    *("losses", "specs", "patches", "renderers", "optimize", "dreamsampler"),
     "measure",
     *("release", "closed_form"),
     "one_image",

@@ -1,0 +1,1 @@
+"""What renders images from parameters of its own: vector graphics."""
