@@ -161,7 +161,7 @@ class SVG(nn.Module):
         """The raster, (1, 3, H, W) in [-1, 1], in the points' dtype.
 
         Each path is drawn anew for its gradient, so that of the pixels one picture a path is kept:
-        64 paths of 4 segments take 110 MB at most at 256 x 256, with their gradient, and 420 MB at
+        64 paths of 4 segments take 110 MB at most at 256 x 256, with their gradient, and 430 MB at
         512 x 512 (measured on a CPU).
         """
         self._put_back()

@@ -340,8 +340,9 @@ def _style(text: str) -> dict[str, str]:
 
 def _number(text: str, name: str, whole: float | None = None) -> float:
     """A length, in px or of no unit, or in % of `whole` where there is one."""
-    text, percent = text.strip().removesuffix("px"), whole is not None and text.endswith("%")
-    found = NUMBER.fullmatch(text.removesuffix("%") if percent else text)
+    text = text.strip()
+    percent = whole is not None and text.endswith("%")
+    found = NUMBER.fullmatch(text.removesuffix("%" if percent else "px"))
     value = float(found[1]) if found else math.nan
     if not math.isfinite(value):
         raise ValueError(f"has {name} {text!r}, which is no number")
@@ -453,9 +454,17 @@ def _d_of_rect(attributes: dict[str, str], viewbox: Viewbox) -> str:
     )
 
 
+def _d_of_circle(attributes: dict[str, str], _: Viewbox) -> str:
+    radius = _length(attributes, "r")
+    return _ellipse(attributes, radius, radius)
+
+
 def _d_of_ellipse(attributes: dict[str, str], _: Viewbox) -> str:
+    return _ellipse(attributes, *_radii(attributes))
+
+
+def _ellipse(attributes: dict[str, str], rx: float, ry: float) -> str:
     x, y = _length(attributes, "cx"), _length(attributes, "cy")
-    rx, ry = _radii(attributes)
     if not rx or not ry:
         return ""
     return f"M{x + rx} {y}A{rx} {ry} 0 0 1 {x - rx} {y}A{rx} {ry} 0 0 1 {x + rx} {y}Z"
@@ -471,9 +480,7 @@ def _d_of_points(attributes: dict[str, str], _: Viewbox) -> str:
 # Each basic shape as the `d` of a path.
 SHAPES = {
     "rect": _d_of_rect,
-    "circle": lambda attributes, _: _d_of_ellipse(
-        {**attributes, "rx": attributes.get("r", "0")}, _
-    ),
+    "circle": _d_of_circle,
     "ellipse": _d_of_ellipse,
     "polygon": _d_of_points,
     "polyline": _d_of_points,

@@ -232,6 +232,14 @@ def test_two_pictures_have_their_gradients():
         torch.testing.assert_close(twice, 2 * value.grad)
 
 
+def test_of_each_path_one_picture_is_kept_for_the_gradient():
+    svg = SVG.random(16, 64, torch.Generator().manual_seed(0))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        image = svg()
+    kept = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+    assert image.numel() * 4 < kept < 1.3 * 17 * image.numel() * 4
+
+
 def test_a_circle_is_moved_onto_another():
     target = one(circle(19, 14, 8), size=32)
     with torch.no_grad():
@@ -334,7 +342,7 @@ REFUSED = {
     '<path d="M1 1z5 5"/>': ("line 3: <path>", "from '5 5'"),
     '<path d="M1 1a1 1 0 2 0 5 5"/>': ("line 3: <path>", "from ' 2 0"),
     '<path d="M1 1 B 5 5"/>': ("line 3: <path>", "from ' B 5 5'"),
-    '<circle r="inf"/>': ("line 3: <circle>", "'inf'"),
+    '<circle r="inf"/>': ("line 3: <circle>", "has r 'inf'"),
     '<circle r="-1"/>': ("line 3: <circle>", "negative"),
     '<rect width="-1" height="3"/>': ("line 3: <rect>", "negative"),
     '<rect width="3mm" height="3"/>': ("line 3: <rect>", "'3mm'"),
