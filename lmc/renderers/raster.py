@@ -3,8 +3,8 @@
 As font rasterisers do it, from the outline alone: its lines are cut at the edges of the pixels, and
 each piece adds the signed area beside it. What is stored and computed grows with the length of the
 outlines, not with pixels times lines as for distances to them, and the gradient is that of the
-areas, right too where a shape is thinner than a pixel. In a pixel where outlines of one path cross,
-their areas are added, which is exact but for the overlap within it.
+areas, right too where a shape is thinner than a pixel. Where an outline crosses itself the signed
+areas are added, so that the one pixel of the crossing is off by what overlaps or cancels within it.
 """
 
 import math
@@ -109,8 +109,7 @@ def _cut(lines: Tensor, axis: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     ends = lines[..., axis]
     flat = (ends[:, 1] - ends[:, 0]).detach().abs() < FLAT
-    # the integers are clamped again for what is not finite
-    cells = ends.detach().floor().clamp(-1, size).long().clamp(-1, size)
+    cells = ends.detach().floor().clamp(-1, size).long()
     cells = torch.where(flat[:, None], cells[:, :1], cells)
     low, high = cells.aminmax(dim=-1)
     which, number = _repeat(high - low + 1)
