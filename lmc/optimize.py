@@ -5,9 +5,9 @@ random patches of any size. What is moved is anything that renders images (`Rend
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,53 @@ class Renderer(Protocol):
 
     def to(self, device: torch.device | str) -> nn.Module:
         """Move to `device`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one step sees of a `ViewRenderer`.
+
+    Attributes:
+        image: N views, (N, 3, H, W), about [-1, 1].
+        suffix: which of the renderer's `suffixes` belongs to each, N numbers.
+        penalty: the regularisers, weighed, a scalar that is added to the objective.
+    """
+
+    image: Tensor
+    suffix: Sequence[int]
+    penalty: Tensor | float = 0.0
+
+
+@runtime_checkable
+class ViewRenderer(Protocol):
+    """A `Renderer` of one thing that looks different from elsewhere, such as a 3D scene.
+
+    Attributes:
+        suffixes: what is added to the prompt, by view, such as ', back view'.
+    """
+
+    suffixes: Sequence[str]
+
+    def see(self, step: int, steps: int, generator: torch.Generator) -> Seen:
+        """Views at random for a step of several; their number may differ from step to step.
+
+        Args:
+            step, steps: counted from 0; how many there are in all.
+            generator: on the CPU, of the seed: what is drawn from it follows from that alone.
+        """
+        ...
+
+
+@runtime_checkable
+class GroupedRenderer(Protocol):
+    """A `Renderer` whose parameters have learning rates of their own, not those of `Synthesis`."""
+
+    def groups(self, step: int, steps: int) -> list[dict[str, Any]]:
+        """Adam's parameter groups ('params', 'lr' and, say, 'betas') at a step of several.
+
+        Where the parameters are others than at the step before, Adam begins anew.
+        """
         ...
 
 
@@ -213,7 +260,9 @@ def optimize(
 
     An image's patches, t and eps follow from its seed alone: it comes out as it would by itself, up
     to rounding. Not so where images share something: a `shared` time schedule has one t for all,
-    drawn by the first seed, and a loss that `learns` learns from all. Noise is drawn on the device,
+    drawn by the first seed, and a loss that `learns` learns from all. A `ViewRenderer` has one
+    prompt and seed, its mean is over views, and its penalty is added; its embeddings, of the
+    prompt with each suffix, are made once. Noise is drawn on the device,
     so that a seed is another picture on a GPU than on a CPU.
 
     Args:
@@ -234,26 +283,31 @@ def optimize(
         The images, (B, 3, H, W), about [-1, 1].
 
     Raises:
-        ValueError: the numbers of prompts, seeds and images differ; a source is missing or of
-            another size; patches larger than the image; an unknown prompt of a class-conditional
-            prior: all before any weights are loaded. Or see `loss.prepare`.
+        ValueError: the numbers of prompts, seeds and images differ; a source is missing, of
+            another size or of a `ViewRenderer`; patches larger than the image; an unknown prompt of
+            a class-conditional prior: all before any weights are loaded. Or see `loss.prepare`.
         FloatingPointError: a gradient was not finite, in one of the last `CHECKED` steps; names the
             step, the loss, t and the seed.
     """
     task = _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
     time = loss.choose_time(time)
     task.load(device)
-    adam = torch.optim.Adam(renderer.parameters(), lr=settings.lr)
+    adam = _Adam(renderer, settings)
     hosts, devices = task.generators(seeds)
     eps_fixed = task.noise(devices) if loss.fixed_noise else None
     finite = _Finite(loss.name)
     for step in range(settings.steps):
-        for group in adam.param_groups:
-            group["lr"] = settings.learning_rate(step)
-        image = None if isinstance(renderer, Latents) else renderer()
-        numbers, windows = task.windows(step, hosts)
-        z, z_source = task.view(image, numbers, windows)
+        seen = None
+        if isinstance(renderer, ViewRenderer):
+            seen = renderer.see(step, settings.steps, hosts[0])
+            image: Tensor | None = seen.image
+            numbers, windows = [0] * len(seen.image), [task.centre(seen.image)] * len(seen.image)
+        else:
+            image = None if isinstance(renderer, Latents) else renderer()
+            numbers, windows = task.windows(step, hosts)
+        z, z_source = task.view(image, range(len(numbers)) if seen else numbers, windows)
         rows = to_device(torch.tensor(numbers), z.device)
+        prompt = to_device(torch.tensor(seen.suffix), z.device) if seen else rows
 
         def draw(z: Tensor = z, step: int = step, numbers: Sequence[int] = numbers) -> Any:
             t = _draw_t(time, [hosts[row] for row in numbers], step / settings.steps, z.dtype)
@@ -264,13 +318,13 @@ def optimize(
             z.detach(),
             **draw(),
             null=task.embedding[torch.zeros_like(rows)],
-            target=task.embedding[1 + rows],
+            target=task.embedding[1 + prompt],
             z_source=z_source,
             source=task.embedding[1 + len(seeds) + rows] if loss.needs_source else None,
             negative=task.embedding[torch.full_like(rows, -1)],  # only some losses have one
             eps_fixed=eps_fixed[rows] if eps_fixed is not None else None,
             described=[
-                task.embedding[len(task.prompts) + i * len(seeds) + rows]
+                task.embedding[len(task.prompts) + i * len(task.targets) + prompt]
                 for i in range(len(loss.suffixes))
             ],
             progress=step / settings.steps,
@@ -286,9 +340,9 @@ def optimize(
         objective = whole[0].numel() * score
         if settings.l2_weight:
             objective = objective + settings.l2_weight * task.l2(whole)
-        adam.zero_grad()
-        objective.backward()
-        adam.step()
+        if seen is not None:
+            objective = objective + seen.penalty
+        adam.down(objective, step)
         if watch is not None:
             watch(step + 1)
     with torch.no_grad():
@@ -335,6 +389,36 @@ def embed(
         raise
 
 
+class _Adam:
+    """Adam on a renderer's parameters, by its own groups where it has some."""
+
+    def __init__(self, renderer: Renderer, settings: Synthesis) -> None:
+        self.renderer, self.settings = renderer, settings
+        self.adam: torch.optim.Adam | None = None
+
+    def down(self, objective: Tensor, step: int) -> None:
+        """One step down the objective, at the learning rates of `step`."""
+        settings = self.settings
+        groups: list[dict[str, Any]] = [
+            {"params": self.renderer.parameters(), "lr": settings.learning_rate(step)}
+        ]
+        if isinstance(self.renderer, GroupedRenderer):
+            groups = self.renderer.groups(step, settings.steps)
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        if self.adam is None or _parameters(groups) != _parameters(self.adam.param_groups):
+            self.adam = torch.optim.Adam(groups)
+        for group, now in zip(self.adam.param_groups, groups, strict=True):
+            group.update({key: value for key, value in now.items() if key != "params"})
+        self.adam.zero_grad()
+        objective.backward()
+        self.adam.step()
+
+
+def _parameters(groups: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Which they are."""
+    return [id(each) for group in groups for each in group["params"]]
+
+
 class _Task:
     """What `optimize` is given, checked, and what follows from it."""
 
@@ -355,6 +439,12 @@ class _Task:
         if isinstance(renderer, Latents):
             shape: Sequence[int] = renderer.image.shape
             settings = self.settings = replace(settings, whole_steps=settings.steps)
+        elif isinstance(renderer, ViewRenderer):
+            shape = (1, 3, prior.image_size, prior.image_size)
+            settings = self.settings = replace(settings, whole_steps=settings.steps)
+            if source is not None or loss.needs_source or settings.l2_weight:
+                what = f"the loss {loss.name!r}" if loss.needs_source else "a source or l2_weight"
+                raise ValueError(f"{what} is of pictures: there is none of every view")
         else:
             with torch.no_grad():
                 shape = renderer().shape
@@ -375,6 +465,9 @@ class _Task:
                 raise ValueError(f"the loss {loss.name!r} needs a source prompt for each image")
             self.prompts += source_prompts
         self.targets = list(prompts)
+        if isinstance(renderer, ViewRenderer):
+            self.targets = [prompts[0] + suffix for suffix in renderer.suffixes]
+            self.prompts[1:] = self.targets
         if settings.whole_steps < settings.steps:
             self.sides = settings.sides(self.height, self.width, prior.image_size)
 
@@ -393,6 +486,8 @@ class _Task:
         rows, windows = self.windows(0, [])
         with torch.no_grad():
             image = None if isinstance(self.renderer, Latents) else self.renderer()
+            if isinstance(self.renderer, ViewRenderer) and image is not None:
+                rows, windows = [0], [self.centre(image)]
             self.like = self.view(image, rows[:1], windows[:1])[0]
             if image is None and self.source is not None:
                 self.z_source = self.prior.encode(self.source)
@@ -414,8 +509,7 @@ class _Task:
     ) -> tuple[list[int], list[Window]]:
         """What the loss sees at `step`: N images by number, and the part of each."""
         if step < self.settings.whole_steps or not generators:
-            side = min(self.height, self.width)
-            centre = ((self.height - side) // 2, (self.width - side) // 2, side)
+            centre = self.centre(torch.empty(self.height, self.width, device="meta"))
             return list(range(self.count)), [centre] * self.count
         patches = self.settings.patches
         return [row for row in range(self.count) for _ in range(patches)], [
@@ -423,6 +517,13 @@ class _Task:
             for generator in generators
             for _ in range(patches)
         ]
+
+    @staticmethod
+    def centre(image: Tensor) -> Window:
+        """The centred square of images (…, H, W)."""
+        height, width = image.shape[-2:]
+        side = min(height, width)
+        return (height - side) // 2, (width - side) // 2, side
 
     def view(
         self, image: Tensor | None, rows: Sequence[int], windows: Sequence[Window]

@@ -14,6 +14,7 @@ from lmc.optimize import (
     Editing,
     Latents,
     Pixels,
+    Seen,
     Synthesis,
     grey,
     optimize,
@@ -345,3 +346,99 @@ def test_the_documented_network_is_optimised(network):
     image = names["image"]
     assert image.shape == (2, 3, 64, 64) and image.abs().max() <= 1
     assert image.std((2, 3)).min() > 0.01
+
+
+# ---------------------------------------------------------------------------------------------
+# Views
+
+
+FRONT, BACK = ", front view", ", back view"
+
+
+class Panorama(torch.nn.Module):
+    """Two pictures side by side: one is seen from the front, the other from behind."""
+
+    suffixes = (FRONT, BACK)
+
+    def __init__(self, penalty: float = 0.0, rates: tuple[float, float] = (0.05, 0.05)) -> None:
+        super().__init__()
+        self.sides = torch.nn.ParameterList(torch.zeros(1, 3, 16, 16).double() for _ in range(2))
+        self.penalty, self.rates, self.seen = penalty, rates, []
+
+    def forward(self) -> torch.Tensor:
+        return self.sides[0]
+
+    def see(self, step: int, steps: int, generator: torch.Generator) -> Seen:
+        which = torch.randint(2, (3,), generator=generator).tolist()
+        self.seen.append((step, steps, which))
+        penalty = self.penalty * sum(side.square().sum() for side in self.sides)
+        return Seen(torch.cat([self.sides[i] for i in which]), which, penalty)
+
+    def groups(self, step: int, steps: int) -> list[dict]:
+        share = 1 - step / steps
+        return [
+            {"params": [side], "lr": rate * share, "betas": (0.9, 0.99)}
+            for side, rate in zip(self.sides, self.rates, strict=True)
+        ]
+
+
+def sided_prior() -> GaussianPrior:
+    prior = small_prior(16)
+    for suffix, level in ((FRONT, 0.8), (BACK, -0.8)):
+        prior.means[f"cat{suffix}"] = torch.full((3, 16, 16), level, dtype=torch.float64)
+    return prior
+
+
+def test_each_view_has_its_own_prompt():
+    panorama, loss = Panorama(), Recorder(4)
+    prior = sided_prior()
+    optimize(panorama, prior, loss, ["cat"], [0], Synthesis(60, decay_steps=0))
+    assert panorama.sides[0].mean() > 0.4 and panorama.sides[1].mean() < -0.4
+    assert [(step, steps) for step, steps, _ in panorama.seen] == [(i, 60) for i in range(60)]
+    for (_, _, which), x in zip(panorama.seen, loss.seen, strict=True):
+        prompts = [f"cat{panorama.suffixes[i]}" for i in which]
+        assert torch.equal(x.target.tensors["mean"], prior.embed(prompts).tensors["mean"])
+        assert len(x.z) == 3 and len(set(x.t.tolist())) == 3
+    one, again, other = Panorama(), Panorama(), Panorama()
+    for renderer, seed in ((one, 0), (again, 0), (other, 1)):
+        optimize(renderer, prior, SDS(4), ["cat"], [seed], Synthesis(3, decay_steps=0))
+    assert one.seen == again.seen != other.seen
+    assert torch.equal(one.sides[0], again.sides[0])
+
+
+def test_a_renderer_s_own_rates_and_penalty_count():
+    still = Panorama(rates=(0.05, 0.0))
+    optimize(still, sided_prior(), SDS(4), ["cat"], [0], Synthesis(5, decay_steps=0))
+    assert still.sides[0].abs().max() > 0 and not still.sides[1].any()
+    held = Panorama(penalty=1e9)
+    optimize(held, sided_prior(), SDS(4), ["cat"], [0], Synthesis(60, decay_steps=0))
+    assert max(side.abs().max() for side in held.sides) < 0.1
+
+
+def test_adam_begins_anew_with_other_parameters():
+    class Growing(Panorama):
+        def see(self, step, steps, generator):
+            if step == 2:
+                self.sides[0] = torch.nn.Parameter(self.sides[0].detach() + 1)
+            return super().see(step, steps, generator)
+
+    growing = Growing()
+    optimize(growing, sided_prior(), SDS(4), ["cat"], [0], Synthesis(2, decay_steps=0))
+    before = growing.sides[0].detach().clone()
+    growing = Growing()
+    optimize(growing, sided_prior(), SDS(4), ["cat"], [0], Synthesis(4, decay_steps=0))
+    assert (growing.sides[0] - before - 1).abs().max() > 0.01, "what is new is moved"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": DDS(4)}, "the loss 'dds' is of pictures"),
+        ({"settings": brief(l2_weight=1.0)}, "a source or l2_weight is of pictures"),
+        ({"prompts": ["cat", "dog"], "seeds": [0, 1]}, "2 prompts and 2 seeds for 1 images"),
+    ],
+)
+def test_what_is_of_one_picture_is_refused_of_views(options, said):
+    given = {"loss": SDS(4), "prompts": ["cat"], "seeds": [0], "settings": brief(), **options}
+    with pytest.raises(ValueError, match=said):
+        optimize(Panorama(), sided_prior(), **given)
