@@ -5,9 +5,9 @@ random patches of any size. What is moved is anything that renders images (`Rend
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,72 +16,10 @@ from lmc.device import to_device
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Embedding, Prior
+from lmc.renderers.protocol import GroupedRenderer, Renderer, ViewRenderer
 from lmc.schedule import TimeSchedule
 
 CHECKED = 20  # steps between two looks whether gradients were finite: each waits for the device
-
-
-class Renderer(Protocol):
-    """What is optimised: a torch module that renders images from its parameters."""
-
-    def __call__(self) -> Tensor:
-        """(B, 3, H, W) float32 or float64, about [-1, 1]; the same B, H and W every time."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What Adam moves."""
-        ...
-
-    def to(self, device: torch.device | str) -> nn.Module:
-        """Move to `device`."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What one step sees of a `ViewRenderer`.
-
-    Attributes:
-        image: N views, (N, 3, H, W), about [-1, 1].
-        suffix: which of the renderer's `suffixes` belongs to each, N numbers.
-        penalty: the regularisers, weighed, a scalar that is added to the objective.
-    """
-
-    image: Tensor
-    suffix: Sequence[int]
-    penalty: Tensor | float = 0.0
-
-
-@runtime_checkable
-class ViewRenderer(Protocol):
-    """A `Renderer` of one thing that looks different from elsewhere, such as a 3D scene.
-
-    Attributes:
-        suffixes: what is added to the prompt, by view, such as ', back view'.
-    """
-
-    suffixes: Sequence[str]
-
-    def see(self, step: int, steps: int, generator: torch.Generator) -> Seen:
-        """Views at random for a step of several; their number may differ from step to step.
-
-        Args:
-            step, steps: counted from 0; how many there are in all.
-            generator: on the CPU, of the seed: what is drawn from it follows from that alone.
-        """
-        ...
-
-
-@runtime_checkable
-class GroupedRenderer(Protocol):
-    """A `Renderer` whose parameters have learning rates of their own, not those of `Synthesis`."""
-
-    def groups(self, step: int, steps: int) -> list[dict[str, Any]]:
-        """Adam's parameter groups ('params', 'lr' and, say, 'betas') at a step of several.
-
-        Where the parameters are others than at the step before, Adam begins anew.
-        """
-        ...
 
 
 class Pixels(nn.Module):
@@ -343,6 +281,8 @@ def optimize(
         if seen is not None:
             objective = objective + seen.penalty
         adam.down(objective, step)
+        if isinstance(renderer, GroupedRenderer):
+            renderer.after(step, settings.steps, hosts[0])
         if watch is not None:
             watch(step + 1)
     with torch.no_grad():

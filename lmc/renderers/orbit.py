@@ -1,0 +1,86 @@
+"""A scene as what score distillation optimises: views at random, light, finer voxels in time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmc.errors import require
+from lmc.renderers.cameras import SUFFIXES, Orbits
+from lmc.renderers.protocol import Seen
+from lmc.renderers.scene import Scene, Shading
+
+REGULARISERS = ("sparsity", "opacity", "orientation")
+
+
+class OrbitedScene(nn.Module):
+    """A `ViewRenderer` and `GroupedRenderer` of a scene, as DreamFusion optimises one.
+
+    Args:
+        scene: what is optimised.
+        orbits: where cameras are drawn from.
+        size: of the views in pixels.
+        views: a step.
+        lr: Adam's; its betas are 0.9 and 0.99.
+        ambient: the share of the run in which a surface just has its colour. After it half of the
+            steps see it in diffuse light, and half so without colours.
+        weights: of the regularisers, see `Scene.regularisers`.
+        finer: the share of the run after which the voxels become as fine as that, by share.
+
+    Raises:
+        ValueError: an argument out of its range, or a camera inside the scene.
+    """
+
+    suffixes: Sequence[str] = SUFFIXES
+
+    def __init__(
+        self,
+        scene: Scene,
+        orbits: Orbits,
+        size: int = 64,
+        views: int = 1,
+        lr: float = 0.01,
+        ambient: float = 0.2,
+        weights: Mapping[str, float] | None = None,
+        finer: Mapping[float, int] | None = None,
+    ) -> None:
+        super().__init__()
+        require(views >= 1, "views", "at least 1", views)
+        require(0 <= ambient <= 1, "ambient", "a share of the run, 0 … 1", ambient)
+        self.weights = {"sparsity": 1.0, **(weights or {})}
+        for name in self.weights:
+            require(name in REGULARISERS, "weights", f"of {', '.join(REGULARISERS)}", name)
+        for share in finer or {}:
+            require(0 <= share <= 1, "finer", "by shares of the run, 0 … 1", share)
+        scene.check(orbits.distance[0])
+        self.scene, self.orbits, self.size, self.views = scene, orbits, size, views
+        self.lr, self.ambient, self.finer = lr, ambient, dict(finer or {})
+
+    def forward(self) -> Tensor:
+        """The scene from the front, (1, 3, size, size) in [-1, 1]."""
+        return self.scene(self.orbits.turntable(1), self.size)
+
+    def see(self, step: int, steps: int, generator: torch.Generator) -> Seen:
+        """See `ViewRenderer`."""
+        cameras = self.orbits.draw(self.views, generator)
+        lit = step >= self.ambient * steps
+        drawn = float(torch.rand((), generator=generator))
+        shading: Shading = "ambient"
+        if lit:
+            shading = "diffuse" if drawn < 0.5 else "textureless"
+        rendering = self.scene.render(cameras, self.size, shading, generator)
+        weights = {name: weight for name, weight in self.weights.items() if weight}
+        terms = self.scene.regularisers(rendering) if weights else {}
+        penalty = sum(weight * terms[name] for name, weight in weights.items())
+        return Seen(rendering.image, cameras.suffix, penalty)
+
+    def groups(self, step: int, steps: int) -> list[dict[str, Any]]:
+        """See `GroupedRenderer`."""
+        return [{**group, "betas": (0.9, 0.99)} for group in self.scene.parameter_groups(self.lr)]
+
+    def after(self, step: int, steps: int, generator: torch.Generator) -> None:
+        """Make the voxels finer where it is time."""
+        for share, resolution in self.finer.items():
+            if step + 1 == round(share * steps):
+                self.scene.upsample(resolution)

@@ -1,0 +1,80 @@
+"""Scenes and drawings through the loop that optimises them, on gaussian images."""
+
+import pytest
+import torch
+
+from lmc.losses import SDS
+from lmc.optimize import Synthesis, optimize
+from lmc.renderers.cameras import SUFFIXES, Orbits
+from lmc.renderers.drawing import Drawing
+from lmc.renderers.orbit import OrbitedScene
+from lmc.renderers.scene import Scene
+from lmc.renderers.svg import SVG
+
+from gaussian import GaussianPrior, small_prior
+
+BRIEF = Synthesis(6, decay_steps=0)
+
+
+def prior_of_views() -> GaussianPrior:
+    prior = small_prior(16)
+    for suffix in SUFFIXES:
+        prior.means[f"cat{suffix}"] = prior.means["cat"]
+    return prior
+
+
+def orbited(**options) -> OrbitedScene:
+    torch.manual_seed(0)
+    return OrbitedScene(Scene(8, samples=8), Orbits(), size=16, **options)
+
+
+def test_a_scene_is_optimised_from_everywhere_and_becomes_finer():
+    scene = orbited(views=2, ambient=0.5, weights={"orientation": 0.1}, finer={0.5: 15})
+    before = scene.scene.colour.detach().clone()
+    image = optimize(scene, prior_of_views(), SDS(4), ["cat"], [0], BRIEF)
+    assert image.shape == (1, 3, 16, 16) and image.isfinite().all()
+    assert scene.scene.resolution == 15
+    assert (scene.scene.colour[..., ::2, ::2, ::2] - before).abs().max() > 0.01
+    again = orbited(views=2, ambient=0.5, weights={"orientation": 0.1}, finer={0.5: 15})
+    assert torch.equal(image, optimize(again, prior_of_views(), SDS(4), ["cat"], [0], BRIEF))
+
+
+def test_a_scene_s_regularisers_count():
+    """Sparsity alone, weighed heavily, thins it out."""
+    thin, free = orbited(weights={"sparsity": 1e5}), orbited(weights={"sparsity": 0.0})
+    for scene in (thin, free):
+        optimize(scene, prior_of_views(), SDS(4), ["cat"], [0], Synthesis(20, decay_steps=0))
+    assert thin.scene.density.mean() < free.scene.density.mean() - 0.05
+
+
+def test_a_drawing_has_rates_of_its_own_and_starts_vanished_paths_anew():
+    svg = SVG.random(3, 64, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        svg.opacity[1] = 0.0
+    points = svg.points.detach().clone()
+    drawing = Drawing(svg, points_lr=0.1, colours_lr=0.01, anew=3)
+    optimize(drawing, small_prior(16), SDS(4), ["cat"], [0], BRIEF)
+    assert svg.opacity[1] > 0.5, "it is seen again"
+    moved = (svg.points - points).abs().amax((1, 2))
+    assert 0 < moved[:4].max() <= 0.1 * 6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"views": 0}, "views must be at least 1"),
+        ({"ambient": 2.0}, "ambient must be a share"),
+        ({"weights": {"beauty": 1.0}}, "weights must be of sparsity, opacity, orientation"),
+        ({"finer": {3.0: 20}}, "finer must be by shares"),
+    ],
+)
+def test_a_scene_s_settings_are_checked(options, said):
+    with pytest.raises(ValueError, match=said):
+        orbited(**options)
+
+
+@pytest.mark.parametrize("name", ["points_lr", "colours_lr", "warm_up", "anew"])
+def test_a_drawing_s_settings_are_checked(name):
+    svg = SVG.random(1, 8, torch.Generator())
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Drawing(svg, **{name: -1})
