@@ -21,6 +21,8 @@ from lmc.files import whole
 
 CHECKED_FIRST = 100  # shards whose every header is read before anything starts
 
+KEPT = 2**27  # bytes of local shards that a training stream keeps, not to take them apart again
+
 ROUND = 8  # shards that a training stream shuffles together and a resumed run may have to re-read
 
 
@@ -184,6 +186,8 @@ class ShardStream(IterableDataset):
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
         self.batches_read = 0
         self.positions: dict[int, tuple[int, int]] = {}
+        self._kept: dict[str, list[dict[str, Any]]] = {}
+        self._left = KEPT if training else 0
 
     def _wanted(self, sample: dict[str, Any], rng: random.Random) -> bool:
         """Whether training reads a raw sample this time, by `rng`."""
@@ -290,20 +294,32 @@ class ShardStream(IterableDataset):
 
     def samples(self, urls: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Raw samples of some shards, in order; the first `limit` of them, or all."""
+        return itertools.islice(itertools.chain.from_iterable(map(self._shard, urls)), limit)
+
+    def _shard(self, url: str) -> Iterator[dict[str, Any]]:
+        """The raw samples of a shard; in training from memory the second time, of small ones."""
         import webdataset as wds
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        def every() -> Iterator[dict[str, Any]]:
-            for url in urls:
-                if len(self.urls) > CHECKED_FIRST:
-                    check_shard(url)
-                if is_remote(url):
-                    yield from wds.tarfile_to_samples()([{"url": url}])
-                    continue
-                with open(url, "rb") as file:  # not by webdataset: it looks for commands in names
-                    yield from group_by_keys(tar_file_expander([{"url": url, "stream": file}]))
-
-        return itertools.islice(every(), limit)
+        if url in self._kept:
+            yield from self._kept[url]
+            return
+        if len(self.urls) > CHECKED_FIRST:
+            check_shard(url)
+        if is_remote(url):
+            yield from wds.tarfile_to_samples()([{"url": url}])
+            return
+        size = os.path.getsize(url)
+        keep = size <= self._left
+        kept: list[dict[str, Any]] = []
+        with open(url, "rb") as file:  # not by webdataset: it looks for commands in names
+            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": file}])):
+                if keep:
+                    kept.append(sample)
+                yield sample
+        if keep and url not in self._kept:  # two readers of one stream may end at once
+            self._kept[url] = kept
+            self._left -= size
 
 
 T = TypeVar("T")

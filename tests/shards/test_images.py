@@ -23,7 +23,7 @@ import torchvision.transforms.functional as tv
 from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
-from lmc.shards import images
+from lmc.shards import images, stream
 from lmc.shards.images import (
     ImageBatch,
     ImageStream,
@@ -175,6 +175,29 @@ def test_the_order_of_training_is_the_one_it_always_was(tmp_path):
         ["00-01", "01-00", "01-03", "01-01"],
         ["00-01", "02-02", "01-02", "01-03"],
     ]
+
+
+def test_small_shards_are_taken_apart_once_and_in_the_same_order(tmp_path, monkeypatch):
+    pattern = write_shards(tmp_path, 3, 4)
+    opened = []
+
+    def counted(file: str, *args: Any) -> Any:
+        opened.append(file)
+        return open(file, *args)
+
+    def ten_passes() -> list[list[str]]:
+        opened.clear()
+        return keys(training_batches(pattern, 0, 30))
+
+    monkeypatch.setattr(stream, "open", counted, raising=False)
+    kept = ten_passes()
+    assert len(opened) == 3 + 3  # checked, and read
+    monkeypatch.setattr(stream, "KEPT", 2 * Path(expand_shards(pattern)[0]).stat().st_size)
+    assert ten_passes() == kept
+    assert len(opened) == 3 + 2 + 10  # room for two of them
+    monkeypatch.setattr(stream, "KEPT", 0)
+    assert ten_passes() == kept
+    assert len(opened) == 3 + 30
 
 
 @pytest.mark.parametrize(
