@@ -84,7 +84,8 @@ def main() -> None:
     args = parser.parse_args()
     marks = args.root / "marks"
     device = choose_device("auto")
-    prior = DiffusersPrior(str(args.root / "prior/prior"))
+    # As the trainings have it that this is read beside.
+    prior = DiffusersPrior(str(args.root / "prior/prior"), dtype="bfloat16")
     prior.to(device)
     size = prior.image_size
     heldout = ImageStream(f"{args.root}/data/cats/heldout-*.tar", size, BATCH, training=False)
