@@ -10,78 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmc.device import to_device
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Embedding, Prior
+from lmc.renderers.pixels import Latents as Latents
+from lmc.renderers.pixels import Pixels as Pixels
+from lmc.renderers.pixels import grey as grey
 from lmc.renderers.protocol import GroupedRenderer, Renderer, ViewRenderer
 from lmc.schedule import TimeSchedule
 
 CHECKED = 20  # steps between two looks whether gradients were finite: each waits for the device
-
-
-class Pixels(nn.Module):
-    """The pixels themselves, put back into [-1, 1] after every step.
-
-    The paper says nothing of bounds. Without one a corrector, which has seen pictures only, can be
-    led ever further away from them.
-
-    Args:
-        image: what to begin with, (B, 3, H, W) in [-1, 1]; see also `grey`.
-    """
-
-    def __init__(self, image: Tensor) -> None:
-        super().__init__()
-        self.image = nn.Parameter(image.detach().clone())
-
-    def forward(self) -> Tensor:
-        """The pixels, (B, 3, H, W) in [-1, 1]."""
-        with torch.no_grad():
-            self.image.clamp_(-1, 1)
-        return self.image
-
-
-class Latents(nn.Module):
-    """z of a latent prior; the loss sees z itself, and the VAE decodes the result alone.
-
-    The loss sees whole images at every step, whatever `Synthesis.whole_steps` says.
-
-    Args:
-        prior: whose z it is.
-        image: what to begin with, (B, 3, S, S) in [-1, 1], S the prior's image_size; encoded when
-            the prior is loaded.
-
-    Raises:
-        ValueError: an image of another size.
-    """
-
-    def __init__(self, prior: Prior, image: Tensor) -> None:
-        super().__init__()
-        if image.shape[-2:] != (prior.image_size, prior.image_size):
-            raise ValueError(
-                f"latents are of the prior's images of {prior.image_size} x {prior.image_size} "
-                f"pixels, not of {image.shape[-1]} x {image.shape[-2]}"
-            )
-        self.prior = prior
-        self.register_buffer("image", image)
-        self.image: Tensor
-        self.z = nn.Parameter(torch.empty(0))
-
-    @torch.no_grad()
-    def encode(self) -> None:
-        """Begin: z of the image. `optimize` calls it once the prior is loaded."""
-        self.z.data = self.prior.encode(self.image)
-
-    def forward(self) -> Tensor:
-        """The decoded image (B, 3, S, S), about [-1, 1]."""
-        return self.prior.decode(self.z)
-
-
-def grey(count: int, size: int) -> Tensor:
-    """50 % grey, float32 (count, 3, size, size): what synthesis begins with."""
-    return torch.zeros(count, 3, size, size)
 
 
 @dataclass(frozen=True)
@@ -227,14 +168,130 @@ def optimize(
         FloatingPointError: a gradient was not finite, in one of the last `CHECKED` steps; names the
             step, the loss, t and the seed.
     """
-    task = _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
-    time = loss.choose_time(time)
-    task.load(device)
-    adam = _Adam(renderer, settings)
-    hosts, devices = task.generators(seeds)
-    eps_fixed = task.noise(devices) if loss.fixed_noise else None
-    finite = _Finite(loss.name)
-    for step in range(settings.steps):
+    run = Optimization(
+        renderer, prior, loss, prompts, seeds, settings, source, source_prompts, time, device
+    )
+    return run.run(watch)
+
+
+class Optimization:
+    """What `optimize` does, for who wants to stop it, keep it and go on with it.
+
+        run = Optimization(renderer, prior, loss, ["a cat"], [0])
+        run.run(watch=lambda done: torch.save(run.state_dict(), "state.pt"))
+
+    Of the same arguments, one that goes on from a `state_dict` ends as one that was never stopped:
+    on a CPU bit by bit.
+
+    Args:
+        renderer, prior, loss, prompts, seeds, settings, source, source_prompts, time, device: see
+            `optimize`.
+
+    Attributes:
+        done: steps so far.
+
+    Raises:
+        ValueError: see `optimize`; nothing is loaded for it.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        prior: Prior,
+        loss: ScoreDistillation,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Synthesis = Synthesis(),
+        source: Tensor | None = None,
+        source_prompts: Sequence[str] | None = None,
+        time: TimeSchedule | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.renderer, self.prior, self.loss = renderer, prior, loss
+        self.seeds, self.settings, self.device = seeds, settings, device
+        self._task = _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
+        self._time = loss.choose_time(time)
+        self._adam, self._finite = _Adam(renderer, settings), _Finite(loss.name)
+        self.done, self._loaded = 0, False
+
+    def embed(self) -> None:
+        """Embed the prompts, which `load` would, before anything else is loaded.
+
+        Raises:
+            ValueError: an unknown prompt of a class-conditional prior.
+        """
+        self._task.embed()
+
+    def load(self) -> None:
+        """Load the prior and the loss, once; `run` and `load_state_dict` do."""
+        if self._loaded:
+            return
+        self._task.load(self.device)
+        self._hosts, self._devices = self._task.generators(self.seeds)
+        self._eps_fixed = self._task.noise(self._devices) if self.loss.fixed_noise else None
+        self._loaded = True
+
+    def run(self, watch: Callable[[int], None] | None = None) -> Tensor:
+        """All steps that are left.
+
+        Args:
+            watch: called after each with the number of steps done.
+
+        Returns:
+            The images, (B, 3, H, W), about [-1, 1].
+
+        Raises:
+            FloatingPointError: see `optimize`.
+        """
+        self.load()
+        while self.done < self.settings.steps:
+            self._step(self.done)
+            self.done += 1
+            if watch is not None:
+                watch(self.done)
+        with torch.no_grad():
+            return self.renderer().detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on: plain types and tensors.
+
+        The tensors are those in use: save or copy them before the next step.
+
+        Raises:
+            FloatingPointError: see `optimize`: what is not finite is no state to go on from.
+        """
+        self.load()
+        self._finite.check()
+        return {
+            "done": self.done,
+            "renderer": self.renderer.state_dict(),
+            "adam": self._adam.state_dict(self.done),
+            "loss": self.loss.state_dict(),
+            "hosts": [generator.get_state() for generator in self._hosts],
+            "devices": [generator.get_state() for generator in self._devices],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another's `state_dict`, of the same arguments.
+
+        Raises:
+            ValueError: it is of another renderer or loss.
+        """
+        self.load()
+        try:
+            self.renderer.load_state_dict(state["renderer"])
+            self._adam.load_state_dict(state["adam"], state["done"])
+        except (LookupError, RuntimeError) as error:
+            raise ValueError(f"the state is of another renderer: {error}") from error
+        self.loss.load_state_dict(state["loss"])
+        for name, generators in (("hosts", self._hosts), ("devices", self._devices)):
+            for generator, kept in zip(generators, state[name], strict=True):
+                generator.set_state(kept)
+        self.done = state["done"]
+
+    def _step(self, step: int) -> None:
+        renderer, task, settings, loss = self.renderer, self._task, self.settings, self.loss
+        hosts, devices, eps_fixed = self._hosts, self._devices, self._eps_fixed
         seen = None
         if isinstance(renderer, ViewRenderer):
             seen = renderer.see(step, settings.steps, hosts[0])
@@ -247,8 +304,8 @@ def optimize(
         rows = to_device(torch.tensor(numbers), z.device)
         prompt = to_device(torch.tensor(seen.suffix), z.device) if seen else rows
 
-        def draw(z: Tensor = z, step: int = step, numbers: Sequence[int] = numbers) -> Any:
-            t = _draw_t(time, [hosts[row] for row in numbers], step / settings.steps, z.dtype)
+        def draw() -> Any:
+            t = _draw_t(self._time, [hosts[row] for row in numbers], step / settings.steps, z.dtype)
             eps = task.noise([devices[row] for row in numbers])
             return {"t": to_device(t, z.device), "eps": eps, "t_host": t.tolist()}
 
@@ -258,7 +315,7 @@ def optimize(
             null=task.embedding[torch.zeros_like(rows)],
             target=task.embedding[1 + prompt],
             z_source=z_source,
-            source=task.embedding[1 + len(seeds) + rows] if loss.needs_source else None,
+            source=task.embedding[1 + len(self.seeds) + rows] if loss.needs_source else None,
             negative=task.embedding[torch.full_like(rows, -1)],  # only some losses have one
             eps_fixed=eps_fixed[rows] if eps_fixed is not None else None,
             described=[
@@ -267,26 +324,22 @@ def optimize(
             ],
             progress=step / settings.steps,
         )
-        gradient = loss(prior, inputs).total
-        finite.note(gradient, step, inputs.times(), [seeds[row] for row in numbers])
+        gradient = loss(self.prior, inputs).total
+        self._finite.note(gradient, step, inputs.times(), [self.seeds[row] for row in numbers])
         if (step + 1) % CHECKED == 0 or step + 1 == settings.steps:
-            finite.check()
+            self._finite.check()
         for _ in range(loss.updates if loss.learns else 0):
-            loss.learn(prior, replace(inputs, **draw()))
+            loss.learn(self.prior, replace(inputs, **draw()))
         whole = z if image is None else image
-        score = surrogate(z, gradient).sum() / (len(rows) / len(seeds)) / z[0].numel()
+        score = surrogate(z, gradient).sum() / (len(rows) / len(self.seeds)) / z[0].numel()
         objective = whole[0].numel() * score
         if settings.l2_weight:
             objective = objective + settings.l2_weight * task.l2(whole)
         if seen is not None:
             objective = objective + seen.penalty
-        adam.down(objective, step)
+        self._adam.down(objective, step)
         if isinstance(renderer, GroupedRenderer):
             renderer.after(step, settings.steps, hosts[0])
-        if watch is not None:
-            watch(step + 1)
-    with torch.no_grad():
-        return renderer().detach().clone()
 
 
 def check_task(
@@ -336,15 +389,33 @@ class _Adam:
         self.renderer, self.settings = renderer, settings
         self.adam: torch.optim.Adam | None = None
 
-    def down(self, objective: Tensor, step: int) -> None:
-        """One step down the objective, at the learning rates of `step`."""
+    def groups(self, step: int) -> list[dict[str, Any]]:
+        """Adam's parameter groups, with the learning rates of `step`."""
         settings = self.settings
         groups: list[dict[str, Any]] = [
             {"params": self.renderer.parameters(), "lr": settings.learning_rate(step)}
         ]
         if isinstance(self.renderer, GroupedRenderer):
             groups = self.renderer.groups(step, settings.steps)
-        groups = [{**group, "params": list(group["params"])} for group in groups]
+        return [{**group, "params": list(group["params"])} for group in groups]
+
+    def state_dict(self, step: int) -> dict[str, Any] | None:
+        """Adam's own before `step`; None where it begins anew there."""
+        goes_on = self.adam and _parameters(self.groups(step)) == _parameters(
+            self.adam.param_groups
+        )
+        return self.adam.state_dict() if self.adam and goes_on else None
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, step: int) -> None:
+        """Go on from a `state_dict`; the renderer's parameters are those of then already."""
+        self.adam = None
+        if state is not None:
+            self.adam = torch.optim.Adam(self.groups(step))
+            self.adam.load_state_dict(dict(state))
+
+    def down(self, objective: Tensor, step: int) -> None:
+        """One step down the objective, at the learning rates of `step`."""
+        groups = self.groups(step)
         if self.adam is None or _parameters(groups) != _parameters(self.adam.param_groups):
             self.adam = torch.optim.Adam(groups)
         for group, now in zip(self.adam.param_groups, groups, strict=True):
@@ -376,6 +447,7 @@ class _Task:
         self.renderer, self.prior, self.loss, self.settings = renderer, prior, loss, settings
         self.prompts, self.source = ["", *prompts], source
         self.z_source: Tensor | None = None  # for latents
+        self.embedded = False
         if isinstance(renderer, Latents):
             shape: Sequence[int] = renderer.image.shape
             settings = self.settings = replace(settings, whole_steps=settings.steps)
@@ -404,18 +476,32 @@ class _Task:
             if source_prompts is None or len(source_prompts) != self.count:
                 raise ValueError(f"the loss {loss.name!r} needs a source prompt for each image")
             self.prompts += source_prompts
-        self.targets = list(prompts)
+        self.given = self.targets = list(prompts)
         if isinstance(renderer, ViewRenderer):
             self.targets = [prompts[0] + suffix for suffix in renderer.suffixes]
             self.prompts[1:] = self.targets
         if settings.whole_steps < settings.steps:
             self.sides = settings.sides(self.height, self.width, prior.image_size)
 
+    def embed(self) -> None:
+        """Embed all prompts, once."""
+        if self.embedded:
+            return
+        try:
+            self.embedding = embed(self.prior, self.prompts, [self.loss], self.targets)
+        except ValueError as error:
+            if {*self.targets} == {*self.given}:
+                raise
+            self.prior.embed(self.given)  # where this is unknown, that is the error
+            said = f"{error}; the renderer adds words to the prompt by view: set suffixes to false"
+            raise ValueError(said) from error
+        self.embedded = True
+
     def load(self, device: torch.device | str) -> None:
         """Load the prior and the loss; everything to `device`."""
         self.device = device
-        embedding = embed(self.prior, self.prompts, [self.loss], self.targets)
-        self.embedding = embedding.to(device)
+        self.embed()
+        self.embedding = self.embedding.to(device)
         self.loss.prepare(self.prior, device)
         self.prior.to(device)
         self.renderer.to(device)
@@ -526,6 +612,8 @@ class _Finite:
 
     def check(self) -> None:
         """Raise FloatingPointError for the first noted gradient that is not finite."""
+        if not self.noted:
+            return
         finite = torch.cat(self.noted).tolist()
         if not all(finite):
             raise FloatingPointError(self.about[finite.index(False)])

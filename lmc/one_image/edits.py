@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lmc.configs import parse_numbers
-from lmc.corrector import BiasCorrector
 from lmc.device import choose_device
 from lmc.errors import message
 from lmc.files import write_json, write_text
@@ -24,6 +23,7 @@ from lmc.one_image.job import (
     RECORD,
     RESULTS,
     Job,
+    corrector_digest,
     read_image,
     save_image,
 )
@@ -192,7 +192,7 @@ class Task:
             "seed": self.seed,
             "edits": [asdict(each) | {"image": _file_digest(each.image)} for each in self.edits],
             "correctors": {
-                spec.label: _corrector_digest(self.losses[spec.label, self.scales[0]])
+                spec.label: corrector_digest(self.losses[spec.label, self.scales[0]])
                 for spec in self.specs
             },
         }
@@ -340,9 +340,3 @@ def _resolved(pretrained: str) -> str:
 def _file_digest(file: str) -> str:
     """SHA-256 of a file's content."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def _corrector_digest(loss: ScoreDistillation) -> str | None:
-    """`BiasCorrector.digest` of the loss's corrector, if it has one."""
-    corrector = getattr(loss, "corrector", None)
-    return corrector.digest() if isinstance(corrector, BiasCorrector) else None

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 from torch import Tensor
 
+from lmc.corrector import BiasCorrector
 from lmc.files import whole
 from lmc.losses import ScoreDistillation
 from lmc.optimize import Synthesis
@@ -15,6 +17,7 @@ from lmc.priors import Prior
 from lmc.shards.images import decode_image, to_uint8
 
 RECORD, RESULTS = "settings.yaml", "results.json"
+STATE = "state.pt"  # of a run that is not at its end
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ class Job:
     def arguments(self) -> dict[str, Any]:
         """All of it, by the names of those functions' arguments."""
         return dict(vars(self))
+
+
+def corrector_digest(loss: ScoreDistillation) -> str | None:
+    """`BiasCorrector.digest` of the loss's corrector, if it has one."""
+    corrector = getattr(loss, "corrector", None)
+    return corrector.digest() if isinstance(corrector, BiasCorrector) else None
 
 
 def read_image(file: Path) -> Tensor:
@@ -88,8 +97,31 @@ def check_out(out: Path, record: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not there.is_file():
             raise ValueError(f"{out} holds something else: name another folder")
-        has_result = (out / RESULTS).exists() or any(out.rglob("*.png"))
+        begun = (out / STATE).exists()
+        has_result = begun or (out / RESULTS).exists() or any(out.rglob("*.png"))
         if has_result and there.read_text() != record:
+            what = "an unfinished run with other settings" if begun else "another result"
             raise ValueError(
-                f"{out} holds another result (see {there}): name another folder, or delete it"
+                f"{out} holds {what} (see {there}{_differing(there, record)}): name another "
+                "folder, or delete it"
             )
+
+
+def _differing(there: Path, record: str) -> str:
+    """The first option that differs, with both values, as far as they can be read."""
+
+    def flat(tree: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {name: tree}
+        inner = [flat(value, f"{name}.{key}") for key, value in tree.items()]
+        return {key: value for each in inner for key, value in each.items()}
+
+    try:
+        old, new = flat(yaml.safe_load(there.read_text())), flat(yaml.safe_load(record))
+    except yaml.YAMLError:
+        return ""
+    for key in [*new, *old]:
+        if old.get(key) != new.get(key):
+            name = key.removeprefix(".").replace(".init_args", "")
+            return f"; {name} was {old.get(key)!r} and is {new.get(key)!r}"
+    return ""

@@ -1,9 +1,11 @@
 """`lmc synthesize` and `lmc edit`: one image under any loss. A list of edits: `edits`."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,34 +14,32 @@ from torch.nn import functional as F
 
 from lmc.configs import parse_seeds
 from lmc.device import choose_device
+from lmc.errors import about, require
 from lmc.files import write_json, write_text
 from lmc.losses import ScoreDistillation
 from lmc.one_image.job import (
     RECORD,
     RESULTS,
+    STATE,
     Job,
     check_out,
     read_image,
     save_image,
     save_whole,
 )
-from lmc.optimize import (
-    Editing,
-    Latents,
-    Pixels,
-    Renderer,
-    Synthesis,
-    check_task,
-    embed,
-    grey,
-    optimize,
-)
+from lmc.one_image.kept import Kept
+from lmc.optimize import Editing, Optimization, Synthesis
 from lmc.priors import Prior
 from lmc.progress import Progress
+from lmc.renderers.named import Optimised, Start, check_renderer, pixels
+from lmc.renderers.pixels import Latents
+from lmc.renderers.protocol import Renderer, SavedRenderer
+from lmc.renderers.svg import SVG
 from lmc.schedule import TimeSchedule
 
 THUMBNAIL = 192  # longest side in pixels of a snapshot on the contact sheet
-Parametrisation = Literal["pixels", "latents"]
+PREVIEW = "preview.png"
+Make = Callable[[Start], Optimised]
 
 
 def synthesize(
@@ -53,27 +53,32 @@ def synthesize(
     size: int = 512,
     settings: Synthesis = Synthesis(),  # noqa: B008
     time: TimeSchedule | None = None,
-    parametrisation: Parametrisation = "pixels",
+    renderer: Callable[[Start], Optimised] = pixels,
     snapshot_every: int = 50,
+    save_every: int = 100,
     device: str = "auto",
 ) -> None:
-    """Optimise images from 50 % grey towards a prompt.
+    """Optimise images from 50 % grey, or whatever renders images, towards a prompt.
 
-    Writes a PNG a seed, the progression as a contact sheet and a GIF, results.json and the settings
-    into OUT. With several seeds, says how far the others' images are from the first's.
+    Writes a PNG a seed, what the renderer has besides (an SVG, a scene), the progression as a
+    contact sheet and a GIF, results.json and the settings into OUT. With several seeds, says how
+    far the others' images are from the first's.
 
     Args:
         record: the options as YAML, kept beside the result.
         prior: the diffusion model, by class_path and init_args.
         loss: a class of lmc.losses, or another by its import path; any option of it by its name.
         prompt: what to make.
-        out: folder to write; the same command again does it again, another result is refused.
-        seeds: an image each, with commas; all in one batch.
+        out: folder to write; the same command again goes on where it was stopped, or does it again;
+            another result is refused.
+        seeds: an image each, with commas; pixels and latents in one batch.
         size: side of the images in pixels.
         settings: the defaults are the paper's.
         time: how t is drawn; the default is the loss's own way.
-        parametrisation: what is optimised; latents are of the prior's VAE, whole images only.
-        snapshot_every: steps from one picture of the progression to the next.
+        renderer: what is optimised: pixels, latents, svg, scene, or another by its import path (an
+            `lmc.renderers.named.Optimised`); any option of it by its name.
+        snapshot_every: steps from one picture of the progression, and preview.png, to the next.
+        save_every: steps from one state that a stopped run goes on from to the next.
         device: cpu, cuda, …; default the GPU where there is one.
 
     Raises:
@@ -82,17 +87,9 @@ def synthesize(
     numbers = parse_seeds(seeds)
     if size < 8:
         raise ValueError(f"size must be at least 8 pixels, got {size}")
-    start = grey(len(numbers), size)
-    _optimise_one(
-        record,
-        out,
-        start,
-        Job(prior, loss, [prompt] * len(numbers), numbers, settings, None, None),
-        time,
-        parametrisation,
-        snapshot_every,
-        device,
-    )
+    job = Job(prior, loss, [prompt] * len(numbers), numbers, settings, None, None)
+    start = Start(prior, numbers, (size, size))
+    _Command(record, out, start, job, time, renderer, snapshot_every, save_every, device).run()
 
 
 def edit(
@@ -108,11 +105,12 @@ def edit(
     size: int | None = None,
     settings: Editing = Editing(),  # noqa: B008
     time: TimeSchedule | None = None,
-    parametrisation: Parametrisation = "pixels",
+    renderer: Callable[[Start], Optimised] = pixels,
     snapshot_every: int = 50,
+    save_every: int = 100,
     device: str = "auto",
 ) -> None:
-    """Optimise an image, beginning with a photo, towards a prompt. Many of them: lmc edits.
+    """Optimise an image, beginning with a photo or an SVG, towards a prompt. Many: lmc edits.
 
     Writes what lmc synthesize writes.
 
@@ -120,87 +118,179 @@ def edit(
         record: the options as YAML, kept beside the result.
         prior: the diffusion model, by class_path and init_args.
         loss: a class of lmc.losses, or another by its import path; any option of it by its name.
-        image: the photo's file.
+        image: the photo's file; or an SVG, also as --renderer svg.
         prompt: of the result.
-        out: folder to write; the same command again does it again, another result is refused.
+        out: folder to write; the same command again goes on where it was stopped, or does it again;
+            another result is refused.
         source_prompt: of the photo, for losses that compare with it (dds, pds).
-        seeds: a result each, with commas; all in one batch.
-        size: shorter side in pixels to which the photo is resized; the default leaves it.
+        seeds: a result each, with commas; pixels and latents in one batch.
+        size: shorter side in pixels to which the photo is resized; the default leaves it, and is
+            the prior's size for an SVG.
         settings: the defaults are the paper's.
         time: how t is drawn; the default is the loss's own way.
-        parametrisation: what is optimised; latents are of the prior's VAE, whole images only.
-        snapshot_every: steps from one picture of the progression to the next.
+        renderer: what is optimised: pixels, latents, svg, scene, or another by its import path (an
+            `lmc.renderers.named.Optimised`); any option of it by its name.
+        snapshot_every: steps from one picture of the progression, and preview.png, to the next.
+        save_every: steps from one state that a stopped run goes on from to the next.
         device: cpu, cuda, …; default the GPU where there is one.
 
     Raises:
         OSError, ValueError: a file or option is not what it must be; nothing is loaded then.
     """
     numbers = parse_seeds(seeds)
-    source = read_image(image)[None]
-    if size is not None:
-        source = _resize_shorter(source, size)
+    source = _read(image, size, prior.image_size)
     source = source.expand(len(numbers), -1, -1, -1).contiguous()
     prompts = None if source_prompt is None else [source_prompt] * len(numbers)
-    _optimise_one(
-        record,
-        out,
-        source,
-        Job(prior, loss, [prompt] * len(numbers), numbers, settings, source, prompts),
-        time,
-        parametrisation,
-        snapshot_every,
-        device,
-    )
+    job = Job(prior, loss, [prompt] * len(numbers), numbers, settings, source, prompts)
+    start = Start(prior, numbers, (source.shape[-2], source.shape[-1]), source, image)
+    _Command(record, out, start, job, time, renderer, snapshot_every, save_every, device).run()
 
 
-def _optimise_one(
-    record: str,
-    out: Path,
-    start: Tensor,
-    job: Job,
-    time: TimeSchedule | None,
-    parametrisation: Parametrisation,
-    snapshot_every: int,
-    device: str,
-) -> None:
-    if snapshot_every < 1:
-        raise ValueError(f"snapshot_every must be at least 1, got {snapshot_every}")
-    device = choose_device(device)
-    steps = job.settings.steps
-    latent = parametrisation == "latents"
-    if latent and not job.prior.latent:
-        raise ValueError("parametrisation latents: the prior has none, its z are pixels")
-    renderer: Renderer = Latents(job.prior, start) if latent else Pixels(start)
-    check_task(renderer, **job.arguments())
-    job.loss.choose_time(time)
-    check_out(out, record)
-    sources = job.source_prompts if job.loss.needs_source else None
-    embed(job.prior, [*job.prompts, *(sources or [])], [job.loss], job.prompts)
-    write_text(out / RECORD, record)
-    snapshots = {0: _thumbnail(start)}
-    with Progress("optimising", steps) as progress:
+@torch.no_grad()
+def _read(image: Path, size: int | None, default: int) -> Tensor:
+    """A picture, or the raster of an SVG, (1, 3, H, W) in [-1, 1].
+
+    Args:
+        image: the file.
+        size: of the shorter side.
+        default: of that of an SVG.
+    """
+    if size is not None and size < 8:
+        raise ValueError(f"size must be at least 8 pixels, got {size}")
+    if image.suffix.lower() == ".svg":
+        if not image.is_file():
+            raise FileNotFoundError(f"no such image: {image}")
+        *_, width, height = SVG.read(image, 1).viewbox
+        factor = (size or default) / min(width, height)
+        return SVG.read(image, (round(height * factor), round(width * factor)))()
+    source = read_image(image)[None]
+    return source if size is None else _scale(source, size / min(source.shape[-2:]))
+
+
+class _Command:
+    """One command: its runs, one after the other, and what it writes.
+
+    A run is of one seed, or of all where the renderer is `batched`.
+    """
+
+    def __init__(
+        self,
+        record: str,
+        out: Path,
+        start: Start,
+        job: Job,
+        time: TimeSchedule | None,
+        make: Make,
+        snapshot_every: int,
+        save_every: int,
+        device: str,
+    ) -> None:
+        require(snapshot_every >= 1, "snapshot_every", "at least 1", snapshot_every)
+        require(save_every >= 1, "save_every", "at least 1", save_every)
+        self.record, self.out, self.start, self.job, self.time = record, out, start, job, time
+        self.make, self.snapshot_every, self.save_every = make, snapshot_every, save_every
+        self.device = choose_device(device)
+        self.runs = [range(i, i + 1) for i in range(len(job.seeds))]
+        if self._renderer(self.runs[0]).batched:
+            self.runs = [range(len(job.seeds))]
+        run = self._run(0)  # what can be known before anything is loaded
+        check_out(out, record)
+        self.kept = Kept(out / STATE, job, start.image)
+        run.embed()
+
+    def run(self) -> None:
+        """Do what is left of it, and write the result."""
+        kept, out, steps = self.kept, self.out, self.job.settings.steps
+        write_text(out / RECORD, self.record)
+        done = len(kept.images) * steps + (kept.optimization or {"done": 0})["done"]
+        with Progress("optimising", len(self.runs) * steps, done=done) as progress:
+            first = self._share(done)
+            for number in range(len(kept.images), len(self.runs)):
+                self._one(number, progress, first)
+            kept.seconds += progress.seconds()
+        images = torch.cat(kept.images)
+        together = [torch.cat(each) for each in zip(*map(dict.values, kept.snapshots), strict=True)]
+        _write_progression(out, self.job.seeds, dict(zip(kept.snapshots[0], together, strict=True)))
+        results: dict[str, Any] = {"seconds": round(kept.seconds, 1)}
+        if len(images) > 1:
+            results["diversity"] = diversity(images)
+            print("mean distance ({name}) of {runs} runs to the first: {mean:.3f} ± {deviation:.3f}"
+                  .format(**results["diversity"]))  # fmt: skip
+        write_json(out / RESULTS, results)
+        (out / PREVIEW).unlink(missing_ok=True)
+        kept.remove()
+        print(f"{len(images)} images in {out}, {timedelta(seconds=round(kept.seconds))}")
+
+    def _one(self, number: int, progress: Progress, first: float) -> None:
+        """A run, from where it was stopped, and its own files; `first` is `_share` of the start."""
+        kept, steps = self.kept, self.job.settings.steps
+        run = self._run(number)
+        if kept.optimization is None:
+            kept.snapshots.append({0: _thumbnail(_begins_with(run.renderer))})
+        else:
+            run.load_state_dict(kept.optimization)
+            kept.optimization = None
 
         def watch(done: int) -> None:
-            if done % snapshot_every == 0 and done < steps:
+            if done % self.snapshot_every == 0 and done < steps:
                 with torch.no_grad():
-                    snapshots[done] = _thumbnail(renderer())
-            # Patches of an image take more of the loss than the whole.
-            share = job.settings.parts(done) / job.settings.parts(steps)
-            progress.update(done, share=share)
+                    kept.snapshots[-1][done] = _thumbnail(run.renderer())
+                _write_preview(self.out, kept.snapshots[-1][done])
+            if done % self.save_every == 0 and done < steps:
+                kept.write(run.state_dict(), kept.seconds + progress.seconds())
+            share = (self._share(number * steps + done) - first) / (1 - first)
+            progress.update(number * steps + done, share=share)
 
-        images = optimize(renderer, **job.arguments(), time=time, device=device, watch=watch)
-    images = images.float().cpu().clamp(-1, 1)
-    snapshots[steps] = _thumbnail(images)
-    for seed, picture in zip(job.seeds, images, strict=True):
-        save_image(picture, out / f"seed-{seed}.png")
-    _write_progression(out, job.seeds, snapshots)
-    results: dict[str, Any] = {"seconds": round(progress.seconds(), 1)}
-    if len(images) > 1:
-        results["diversity"] = diversity(images)
-        print("mean distance ({name}) of {runs} runs to the first: {mean:.3f} ± {deviation:.3f}"
-              .format(**results["diversity"]))  # fmt: skip
-    write_json(out / RESULTS, results)
-    print(f"{len(images)} images in {out}, {timedelta(seconds=round(progress.seconds()))}")
+        images = run.run(watch).float().cpu().clamp(-1, 1)
+        stems = [f"seed-{self.job.seeds[row]}" for row in self.runs[number]]
+        for stem, picture in zip(stems, images, strict=True):
+            save_image(picture, self.out / f"{stem}.png")
+        if isinstance(run.renderer, SavedRenderer):
+            run.renderer.save(self.out, stems)
+        kept.images.append(images)
+        kept.snapshots[-1][steps] = _thumbnail(images)
+        if number + 1 < len(self.runs):
+            kept.write(None, kept.seconds + progress.seconds())
+
+    def _share(self, done: int) -> float:
+        """The share of all work that is done after so many steps, of all runs."""
+        settings = self.job.settings
+        number, step = divmod(done, settings.steps)
+        # Patches of an image take more of the loss than the whole.
+        return (number + settings.parts(step) / settings.parts(settings.steps)) / len(self.runs)
+
+    def _run(self, number: int) -> Optimization:
+        rows, job = self.runs[number], self.job
+        loss = job.loss
+        if loss.learns and len(self.runs) > 1:  # what it learned of other seeds is not for these
+            loss = copy.deepcopy(loss)
+        part = Job(
+            job.prior,
+            loss,
+            [job.prompts[row] for row in rows],
+            [job.seeds[row] for row in rows],
+            job.settings,
+            None if job.source is None else job.source[rows],
+            job.source_prompts and [job.source_prompts[row] for row in rows],
+        )
+        return Optimization(
+            self._renderer(rows), **part.arguments(), time=self.time, device=self.device
+        )
+
+    def _renderer(self, rows: range) -> Optimised:
+        """A new one of some of the seeds, by number."""
+        image = None if self.start.image is None else self.start.image[rows]
+        seeds = [self.job.seeds[row] for row in rows]
+        with about("renderer"):
+            renderer = self.make(replace(self.start, seeds=seeds, image=image))
+            check_renderer(renderer, len(rows))
+        return renderer
+
+
+def _begins_with(renderer: Renderer) -> Tensor:
+    """The images that it renders before it is loaded."""
+    with torch.no_grad():
+        return renderer.image if isinstance(renderer, Latents) else renderer()
 
 
 @torch.no_grad()
@@ -246,18 +336,19 @@ def _write_progression(out: Path, seeds: Sequence[int], snapshots: Mapping[int, 
     )
 
 
+def _write_preview(out: Path, thumbnails: Tensor) -> None:
+    """preview.png, of how far it is."""
+    from lmc.measure.figures import grid
+
+    picture = Image.fromarray((grid(thumbnails) * 255).round().byte().permute(1, 2, 0).numpy())
+    save_whole(out / PREVIEW, picture.save, "png")
+
+
 def _thumbnail(images: Tensor) -> Tensor:
     """(B, 3, H, W) on the CPU, clipped to [-1, 1], no side longer than THUMBNAIL."""
     images = images.detach().float().cpu().clamp(-1, 1)
     longest = max(images.shape[-2:])
     return images.clone() if longest <= THUMBNAIL else _scale(images, THUMBNAIL / longest)
-
-
-def _resize_shorter(image: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) with its shorter side `size` pixels long."""
-    if size < 8:
-        raise ValueError(f"size must be at least 8 pixels, got {size}")
-    return _scale(image, size / min(image.shape[-2:]))
 
 
 def _scale(image: Tensor, factor: float) -> Tensor:

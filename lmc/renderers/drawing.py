@@ -1,5 +1,7 @@
 """Vector graphics as what score distillation optimises: rates of their own, vanished paths anew."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,3 +55,7 @@ class Drawing(nn.Module):
         """Start paths anew that are hardly seen, or hardly there."""
         if self.anew and (step + 1) % self.anew == 0 and step + 1 <= steps / 2:
             self.svg.reinitialise(generator, min_opacity=0.05, min_area=2.0)
+
+    def save(self, folder: Path, stems: Sequence[str]) -> None:
+        """Write STEM.svg."""
+        self.svg.save(folder / f"{stems[0]}.svg")

@@ -1,16 +1,19 @@
 """A scene as what score distillation optimises: views at random, light, finer voxels in time."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lmc.errors import require
 from lmc.renderers.cameras import SUFFIXES, Orbits
 from lmc.renderers.protocol import Seen
 from lmc.renderers.scene import Scene, Shading
 
+SURFACE = 10.0  # the density of it in a mesh
 REGULARISERS = ("sparsity", "opacity", "orientation")
 
 
@@ -25,7 +28,8 @@ class OrbitedScene(nn.Module):
         lr: Adam's; its betas are 0.9 and 0.99.
         ambient: the share of the run in which a surface just has its colour. After it half of the
             steps see it in diffuse light, and half so without colours.
-        weights: of the regularisers, see `Scene.regularisers`.
+        weights: of the regularisers, see `Scene.regularisers`; of two numbers it goes from the
+            first to the second along a line, in the first half of the run.
         finer: the share of the run after which the voxels become as fine as that, by share.
 
     Raises:
@@ -42,13 +46,13 @@ class OrbitedScene(nn.Module):
         views: int = 1,
         lr: float = 0.01,
         ambient: float = 0.2,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float | tuple[float, float]] | None = None,
         finer: Mapping[float, int] | None = None,
     ) -> None:
         super().__init__()
         require(views >= 1, "views", "at least 1", views)
         require(0 <= ambient <= 1, "ambient", "a share of the run, 0 … 1", ambient)
-        self.weights = {"sparsity": 1.0, **(weights or {})}
+        self.weights: dict[str, float | tuple[float, float]] = {"sparsity": 1.0, **(weights or {})}
         for name in self.weights:
             require(name in REGULARISERS, "weights", f"of {', '.join(REGULARISERS)}", name)
         for share in finer or {}:
@@ -70,7 +74,8 @@ class OrbitedScene(nn.Module):
         if lit:
             shading = "diffuse" if drawn < 0.5 else "textureless"
         rendering = self.scene.render(cameras, self.size, shading, generator)
-        weights = {name: weight for name, weight in self.weights.items() if weight}
+        weights = {name: _between(each, 2 * step / steps) for name, each in self.weights.items()}
+        weights = {name: weight for name, weight in weights.items() if weight}
         terms = self.scene.regularisers(rendering) if weights else {}
         penalty = sum(weight * terms[name] for name, weight in weights.items())
         return Seen(rendering.image, cameras.suffix, penalty)
@@ -84,3 +89,22 @@ class OrbitedScene(nn.Module):
         for share, resolution in self.finer.items():
             if step + 1 == round(share * steps):
                 self.scene.upsample(resolution)
+
+    def save(self, folder: Path, stems: Sequence[str]) -> None:
+        """Write STEM/, see `Scene.save`, the surface as STEM.ply, and STEM.gif, a turntable.
+
+        The surface is where the density is `SURFACE`, or half its most where that is less.
+        """
+        stem = stems[0]
+        self.scene.save(folder / stem)
+        most = float(F.softplus(self.scene.density.detach()).max())
+        self.scene.export_ply(folder / f"{stem}.ply", min(SURFACE, most / 2))
+        elevation = min(max(15.0, self.orbits.elevation[0]), self.orbits.elevation[1])
+        gif = folder / f"{stem}.gif"
+        self.scene.turntable_gif(gif, size=self.size, orbits=self.orbits, elevation=elevation)
+
+
+def _between(weight: float | tuple[float, float], share: float) -> float:
+    """A weight at a share of its way."""
+    first, last = (weight, weight) if isinstance(weight, int | float) else weight
+    return first + (last - first) * min(1.0, share)

@@ -1,7 +1,8 @@
 """What can be optimised: anything with parameters that renders images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +22,14 @@ class Renderer(Protocol):
 
     def to(self, device: torch.device | str) -> nn.Module:
         """Move to `device`."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """All that changes in the steps, to go on from."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """Go on from a `state_dict`; where parameters change their shape, so must it here."""
         ...
 
 
@@ -75,4 +84,18 @@ class GroupedRenderer(Protocol):
 
     def after(self, step: int, steps: int, generator: torch.Generator) -> None:
         """Change after a step of several; `generator` is the first seed's, on the CPU."""
+        ...
+
+
+@runtime_checkable
+class SavedRenderer(Protocol):
+    """A `Renderer` that is more than its images, such as an SVG, and writes files of its own."""
+
+    def save(self, folder: Path, stems: Sequence[str]) -> None:
+        """Write the result beside the images.
+
+        Args:
+            folder: where; it is there.
+            stems: what files of each image begin with, B names such as 'seed-3'.
+        """
         ...

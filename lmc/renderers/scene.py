@@ -115,6 +115,16 @@ class Scene(nn.Module):
             fine = F.interpolate(grid, size=[resolution] * 3, mode="trilinear", align_corners=True)
             setattr(self, name, nn.Parameter(fine))
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # what is loaded may be of finer voxels
+        for name in ("density", "colour"):
+            there, here = state_dict.get(f"{prefix}{name}"), getattr(self, name)
+            if there is not None and there.shape != here.shape:
+                setattr(self, name, nn.Parameter(here.new_empty(there.shape)))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def check(self, distance: float) -> None:
         """Refuse a camera at this distance from the origin, or nearer, that is in the scene.
 

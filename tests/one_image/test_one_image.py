@@ -192,10 +192,10 @@ def test_editing_begins_with_the_photo_in_its_own_shape(edit, world, tmp_path):
     assert read(tmp_path / "sized" / "seed-0.png").shape == (3, 16, 22)
 
 
-def test_latents_are_a_parametrisation(family_folder, synthesize, tmp_path):
+def test_latents_are_a_renderer(family_folder, synthesize, tmp_path):
     folder = family_folder("sd15")
     size = DiffusersPrior(str(folder)).image_size
-    args = [*synthesize, f"--prior.pretrained={folder}", "--parametrisation=latents"]
+    args = [*synthesize, f"--prior.pretrained={folder}", "--renderer=latents"]
     assert f"{size} x {size} pixels" in error(*args)
     main([*args, f"--size={size}"])
     assert read(tmp_path / "out" / "seed-0.png").shape == (3, size, size)
@@ -220,7 +220,7 @@ def test_what_the_machine_lacks_is_said_in_a_line(synthesize, monkeypatch, raise
     def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr(lmc.one_image.synthesis, "optimize", fail)
+    monkeypatch.setattr(lmc.one_image.synthesis.Optimization, "run", fail)
     assert said in error(*synthesize)
 
 
@@ -228,7 +228,7 @@ def test_an_error_of_the_program_keeps_its_traceback(synthesize, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(lmc.one_image.synthesis, "optimize", fail)
+    monkeypatch.setattr(lmc.one_image.synthesis.Optimization, "run", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(synthesize)
 
@@ -245,7 +245,7 @@ def test_bad_input_of_synthesis_and_editing(synthesize, edit, world, tmp_path, f
         said = error(*command, "--device=cpuu")
         assert "device 'cpuu' cannot be used here: Expected one of cpu, cuda" in said
     assert "size must be at least 8" in error(*synthesize, "--size=4")
-    assert "has none" in error(*synthesize, "--parametrisation=latents")
+    assert "has none" in error(*synthesize, "--renderer=latents")
     assert "--sede" in error(*synthesize, "--sede=1")
     assert "source prompt" in error(*edit)
     assert "no such image" in error(*edit, "--image=none.png")
