@@ -9,6 +9,7 @@ import difflib
 import inspect
 import itertools
 import json
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,7 +116,7 @@ def _run(name: str, words: Sequence[str]) -> None:
     try:
         given = parser.parse_args(joined(words, types_of(command)))
     except argparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(said(name, str(error))) from error
     from lmc.configs import instantiate
 
     given.pop("config", None)
@@ -127,6 +128,16 @@ def _run(name: str, words: Sequence[str]) -> None:
     else:
         kept = {"record": record} if "record" in inspect.signature(command).parameters else {}
         command(**built, **kept)
+
+
+def said(name: str, error: str) -> str:
+    """What the parser says of a command line, as a line; more of a class that is not known."""
+    text = " ".join(error.split())
+    found = re.fullmatch(r'Parser key "([\w.]+)": Expected a dot import path string: (\S+)', text)
+    if not found:
+        return text
+    option, word = found.groups()
+    return f"there is no {option} {word}: lmc {name} --help lists them; or give an import path"
 
 
 def check_options(name: str, words: Sequence[str]) -> None:

@@ -282,7 +282,12 @@ class _Command:
         image = None if self.start.image is None else self.start.image[rows]
         seeds = [self.job.seeds[row] for row in rows]
         with about("renderer"):
-            renderer = self.make(replace(self.start, seeds=seeds, image=image))
+            try:
+                renderer = self.make(replace(self.start, seeds=seeds, image=image))
+            except TypeError as error:
+                if "positional argument" not in str(error):
+                    raise
+                raise ValueError(f"{error}: it must take a Start first") from error
             check_renderer(renderer, len(rows))
         return renderer
 

@@ -692,6 +692,9 @@ def test_configs_open_with_a_command_that_takes_them(file):
     given = parser_of(command, function).parse_args(joined(args, types_of(function)))
     settings = {"synthesize": Synthesis, "edit": Editing, "edits": Comparison}
     assert "Expected:" in "".join(header) or "not run" in "".join(header)
+    # Other losses that it names: their options are known.
+    for words in re.findall(r"--loss \w+(?: --loss\.\w+ [\w./]+)*", "\n".join(header)):
+        parser_of(command, function).parse_args([*joined(args, types_of(function)), *words.split()])
     built = settings[function.__name__](**given.settings.as_dict())
     assert (built == settings[function.__name__]()) == file.stem.startswith("paper")
 
