@@ -360,3 +360,13 @@ def test_an_optimization_goes_on_from_any_of_its_states(tmp_path, kind):
     if kind == "svg":
         with pytest.raises(ValueError, match="the state is of another renderer"):
             begun(paths=3).load_state_dict(torch.load(tmp_path / "3.pt", weights_only=True))
+
+
+def test_the_renderer_of_the_documentation(synthesize, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "renderers.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (tmp_path / "my_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    main([*synthesize, "--renderer=my_module.Waves", "--renderer.count=8", "--seeds=0,1"])
+    both = [read(tmp_path / "out" / f"seed-{seed}.png") for seed in (0, 1)]
+    assert both[0].std() > 0.1 and not torch.equal(*both)

@@ -78,3 +78,12 @@ def test_a_drawing_s_settings_are_checked(name):
     svg = SVG.random(1, 8, torch.Generator())
     with pytest.raises(ValueError, match=f"{name} must be"):
         Drawing(svg, **{name: -1})
+
+
+def test_a_regulariser_s_weight_may_change_in_the_first_half():
+    scene = orbited(weights={"sparsity": 0.0, "opacity": (1.0, 5.0)})
+    found = []
+    for step in (0, 1, 2, 4, 7):
+        seen = scene.see(step, 8, torch.Generator().manual_seed(0))
+        found.append(float(seen.penalty))
+    assert [each / found[0] for each in found] == pytest.approx([1, 2, 3, 5, 5])
