@@ -85,5 +85,5 @@ def test_a_regulariser_s_weight_may_change_in_the_first_half():
     found = []
     for step in (0, 1, 2, 4, 7):
         seen = scene.see(step, 8, torch.Generator().manual_seed(0))
-        found.append(float(seen.penalty))
+        found.append(seen.penalty.item())
     assert [each / found[0] for each in found] == pytest.approx([1, 2, 3, 5, 5])
