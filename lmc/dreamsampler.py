@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur, pad
 
 from lmc.priors import Embedding, Prior
+from lmc.renderers.drawing import set_rates
+from lmc.renderers.protocol import GroupedRenderer
 from lmc.schedule import Coefficients, FlowSchedule, add_noise, ddim_step, guide
 from lmc.shards.images import resize
 
@@ -114,7 +116,9 @@ class DreamSampler:
 
         Args:
             renderer: its forward() renders the images, (B, 3, H, W) in about [-1, 1], of any size;
-                they are resized and encoded, except a `Canvas`'s, which has z.
+                they are resized and encoded, except a `Canvas`'s, which has z. A `GroupedRenderer`
+                is moved by Adam at its own rates, not by ζ; a step of its schedule is one of the
+                grid, and what it draws anew is drawn by the first generator.
             base, target: embeddings, B rows each.
             generators: on the CPU, one an image, so that none depends on the others in the batch.
             eps: eps_hat to start with, as z; drawn if None.
@@ -125,10 +129,15 @@ class DreamSampler:
             ValueError: a flow prior, or not as many generators as images; or the steps diverged.
         """
         check_prior(prior)
+        grouped = renderer if isinstance(renderer, GroupedRenderer) else None
         parameters = [p for p in renderer.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(parameters, lr=self.step_size)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=self.step_size)
+        if grouped:
+            optimizer = torch.optim.Adam(grouped.groups(0, self.steps))
         eps_hat, above = eps, None
-        for time in track(self.times):
+        for step, time in enumerate(track(self.times)):
+            if grouped:
+                set_rates(optimizer, grouped.groups(step, self.steps))
             with torch.no_grad():
                 z = _latent(prior, renderer)
                 t = torch.full((len(z),), time, dtype=z.dtype, device=z.device)
@@ -160,6 +169,8 @@ class DreamSampler:
                     f"the parameters are not finite any more at t = {time:.3f}: lower step_size, "
                     "the penalty's weight or guidance_scale"
                 )
+            if grouped:
+                grouped.after(step, self.steps, generators[0])
 
     @torch.no_grad()
     def invert(self, prior: Prior, z: Tensor, base: Embedding, track: Track = iter) -> Tensor:
@@ -310,6 +321,18 @@ def check_prior(prior: Prior) -> None:
         raise ValueError(
             f"DreamSampler needs a variance-preserving (DDPM) prior: {name} is a flow prior, for "
             "which DDPM's posterior is not defined"
+        )
+
+
+def check_sigma(sigma: float, side: int) -> None:
+    """Refuse the deviation of a blur.
+
+    Raises:
+        ValueError: it is not positive, or reaches over an image of so many pixels a side.
+    """
+    if not sigma > 0 or math.ceil(3 * sigma) >= side:
+        raise ValueError(
+            f"sigma must be positive and a third of the image's {side} pixels at most, got {sigma}"
         )
 
 

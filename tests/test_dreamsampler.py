@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from scipy.ndimage import gaussian_filter
+from test_evaluate import build_clip_folder
 from torch import Tensor, nn
 
 from lmc.cli import load, main, parser_of
@@ -23,8 +24,11 @@ from lmc.dreamsampler import (
     mix_noise,
     posterior_deviation,
 )
+from lmc.one_image.job import read_image
 from lmc.priors import DiffusersPrior
 from lmc.priors.prompts import TextPrompts
+from lmc.renderers.drawing import Drawing, vectorise
+from lmc.renderers.svg import SVG
 from lmc.schedule import FlowSchedule, Schedule
 
 import worlds
@@ -331,6 +335,71 @@ def test_any_renderer_and_a_nonlinear_operator(family_folder):
         assert with_it < 0.8 * without
 
 
+def test_a_renderer_with_rates_of_its_own_is_moved_by_adam_at_them():
+    """The first step of Adam is its rate, down the gradient's sign; the rate falls with t."""
+
+    class Rated(Linear):
+        def groups(self, step: int, steps: int) -> list[dict]:
+            return [{"params": [self.psi], "lr": 0.3 * (1 - step / steps)}]
+
+        def after(self, step: int, steps: int, generator: torch.Generator) -> None:
+            seen.append((step, steps, generator, self.psi.detach().clone()))
+
+    prior, e, seen = small_prior(SIZE), draw(1, 3, SIZE, SIZE), []
+    slow, start = Linear(SIZE), Linear(SIZE).psi.detach()
+    null, (host,) = prior.embed([""]), generators(1)
+    DreamSampler(1, 0.6, step_size=1e-3)(prior, slow, null, null, [host], e)
+    renderer = Rated(SIZE)
+    DreamSampler(2, 0.6, step_size=1e9)(prior, renderer, null, null, [host], e)
+    assert [each[:3] for each in seen] == [(0, 2, host), (1, 2, host)]
+    uphill = (start - slow.psi.detach()).sign()
+    torch.testing.assert_close(seen[0][3], start - 0.3 * uphill)
+    assert (seen[1][3] - seen[0][3]).abs().max() <= 0.15 * 1.01
+
+
+def drawn(*corners: tuple[float, float], size: int = 16) -> SVG:
+    """A blue rectangle of these corners (x, y) on light grey, of straight sides."""
+    (left, top), (right, bottom) = corners
+    points = torch.tensor([[left, top], [right, top], [right, bottom], [left, bottom]])
+    side = points.roll(-1, 0) - points
+    contour = torch.stack([points, points + side / 3, points + 2 * side / 3], 1)
+    box = (0.0, 0.0, float(size), float(size))
+    fill = torch.tensor([[0.1, 0.2, 0.8]])
+    return SVG([[contour]], fill, torch.ones(1), size, box, (0.9, 0.9, 0.9))
+
+
+@pytest.mark.parametrize("name", ["pooling", "blur"])
+def test_the_drawing_that_was_measured_is_found(name):
+    """Its edges, within a tenth of a pixel, by a prior that knows nothing of them."""
+    truth, found = drawn((3.3, 4.2), (12.4, 11.7)), drawn((4.5, 5.5), (11.0, 10.0))
+    operator = OPERATORS[name]
+    original = truth().detach()
+    penalty = DataConsistency(operator, operator(original), data_weight(0.999, 1.0))
+    prior = small_prior(16)
+    null = prior.embed([""])
+    sampler = DreamSampler(20, start=0.3, inner_steps=10)
+    drawing = Drawing(found, points_lr=0.1, colours_lr=0.01, anew=0)
+    before = (drawing() - original).square().mean()
+    sampler(prior, drawing, null, null, generators(1), penalty=penalty)
+    assert (drawing() - original).square().mean() < 1e-3 * before
+    torch.testing.assert_close(found.points[:, 0], truth.points[:, 0], atol=0.1, rtol=0)
+
+
+def test_an_image_is_vectorised():
+    """The paths' background too, where it asks for it; the same seed gives the same."""
+    original = drawn((3.3, 4.2), (12.4, 11.7))().detach()
+    images = []
+    for _ in range(2):
+        svg = drawn((4.5, 5.5), (11.0, 10.0))
+        svg.background.data.fill_(0.5)
+        svg.background.requires_grad_()
+        drawing = Drawing(svg, 0.1, 0.02)
+        vectorise(drawing, original, 100, generators(1)[0])
+        images.append(drawing().detach())
+    assert (images[0] - original).square().mean() < 1e-3
+    assert torch.equal(*images)
+
+
 def test_what_is_refused():
     prior, z = small_prior(SIZE), torch.zeros(1, 3, SIZE, SIZE).double()
     for knob, value, message in (
@@ -415,6 +484,57 @@ def test_commands(tiny_prior_folder, files, tmp_path, capsys):
         assert (out / "result-3.png").read_bytes() != (out / "result-5.png").read_bytes()
 
 
+def restore(prior: Path, image: Path, out: Path, operator: str, *more: str) -> list[str]:
+    few = ("--paths=2", "--segments=3", "--vectorise_steps=2", "--sampler.inner_steps=2")
+    return [*arguments(prior, "restore_svg", image, out), f"--operator={operator}", *few, *more]
+
+
+@pytest.mark.parametrize("operator", ["blur", "downsample"])
+def test_restore_svg(tiny_prior_folder, files, tmp_path, capsys, operator):
+    """The graphic is the picture; the figures are the pictures'; the same settings, the same."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    clip = build_clip_folder(tmp_path / "clip")
+    more = ("--seeds=3,5", "--baseline", f"--clip={clip}", "--prompt=a cat")
+    main(restore(tiny_prior_folder, files["photo"], out, operator, *more))
+    kinds = ("vectorised", "raster", "baseline", "result")
+    pictures = {f"{kind}-{seed}.png" for kind in kinds for seed in (3, 5)}
+    pictures |= {"measurement.png", "original.png"}
+    graphics = {"result-3.svg", "result-5.svg"}
+    there = {path.name for path in out.iterdir()}
+    assert there == {*pictures, *graphics, "settings.yaml", "results.json"}
+
+    printed, results = capsys.readouterr(), json.loads((out / "results.json").read_text())
+    for kind in ("measurement", *kinds):
+        assert f"{kind}_psnr" in printed.out and f"{kind}_clip_score" in printed.out
+        assert np.size(results[f"{kind}_psnr"]) == (1 if kind == "measurement" else 2)
+    assert "vectorising 2/2" in printed.err and "sampling 3/3" in printed.err
+    original = read_image(out / "original.png")
+    for i, seed in enumerate((3, 5)):
+        image = read_image(out / f"result-{seed}.png")
+        graphic = SVG.read(out / f"result-{seed}.svg", 16)
+        assert len(graphic.sizes) == 2 and graphic.sizes[0] == [3]
+        torch.testing.assert_close(graphic().detach()[0], image, atol=1 / 255 + 1e-5, rtol=0)
+        expected = -10 * (image - original).square().mean().log10().item() + 10 * np.log10(4)
+        assert results["result_psnr"][i] == pytest.approx(expected, abs=0.1)
+    assert results["result_psnr"] != results["vectorised_psnr"]
+
+    main(["dreamsampler", "restore_svg", f"--config={out}/settings.yaml", f"--out={again}"])
+    for name in (*pictures, *graphics):
+        assert (out / name).read_bytes() == (again / name).read_bytes()
+    assert (out / "result-3.svg").read_bytes() != (out / "result-5.svg").read_bytes()
+
+
+def test_restore_svg_of_a_measurement_of_ones_own(tiny_prior_folder, files, tmp_path, capsys):
+    """Nothing to compare with; and no step size of the raster's matters."""
+    out, own = tmp_path / "out", ("--measured", "--sampler.step_size=9")
+    main(restore(tiny_prior_folder, files["small"], out, "downsample", *own))
+    assert (out / "measurement.png").read_bytes() == files["small"].read_bytes()
+    assert json.loads((out / "results.json").read_text()) == {}
+    assert "psnr" not in capsys.readouterr().out
+    there = {path.name for path in out.iterdir()} - {"settings.yaml", "results.json"}
+    assert there == {"measurement.png", "vectorised-0.png", "result-0.png", "result-0.svg"}
+
+
 def test_a_mask_need_not_be_clean(tiny_prior_folder, files, tmp_path):
     for name in ("mask", "smeared"):
         out, mask = tmp_path / name, f"--mask={files[name]}"
@@ -493,6 +613,20 @@ def test_bad_input_is_found_before_weights_are_loaded(
     assert "seeds: 1 comes twice" in message("deblur", "--seeds=[1,1]")
     assert "seeds must be in [0, 2^63), got -1" in message("deblur", "--seeds=-1")
     assert "device 'cpuu' cannot be used here" in message("deblur", "--device=cpuu")
+    svg = ("restore_svg", "--operator=blur")
+    assert "operator" in message("restore_svg")
+    assert "operator" in message("restore_svg", "--operator=smear")
+    assert "paths must be at least 1, got 0" in message(*svg, "--paths=0")
+    assert "segments must be at least 1, got 0" in message(*svg, "--segments=0")
+    assert "points_lr must be above 0" in message(*svg, "--points_lr=0")
+    assert "vectorise_steps must be at least 0" in message(*svg, "--vectorise_steps=-1")
+    assert "broken.png" in message(*svg, image="broken")
+    assert "no such image: gone.png" in message(*svg, "--image=gone.png")
+    assert "a third" in message(*svg, "--sigma=9")
+    assert "factor 5 does not" in message("restore_svg", "--operator=downsample", "--factor=5")
+    assert "clip compares with the prompt: give one" in message(*svg, "--clip=x")
+    assert "no such folder: ./gone (CLIP" in message(*svg, "--clip=./gone", "--prompt=a cat")
+    assert "must be below 0.105" in message(*svg, "--baseline", "--sampler.step_size=0.2")
     flow = family_folder("sd35")
     assert f"{flow} is a flow prior" in message(*edit, prior=flow)
     classes = family_folder("dit")

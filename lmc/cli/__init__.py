@@ -63,6 +63,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "enlarge a small image",
     ),
     "dreamsampler deblur": ("lmc.one_image.dreamsampling.Deblur", "sharpen a blurred image"),
+    "dreamsampler restore_svg": (
+        "lmc.one_image.dreamsampling.RestoreSVG",
+        "find the vector graphic of a blurred or small image",
+    ),
 }
 
 # What extra is enough for a command: these, and 'train' for all others but `translate`.

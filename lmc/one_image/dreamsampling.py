@@ -1,13 +1,13 @@
-"""`lmc dreamsampler edit | inpaint | super_resolve | deblur`: DreamSampler on an image file.
+"""`lmc dreamsampler edit | inpaint | super_resolve | deblur | restore_svg`: on an image file.
 
 A command is a dataclass, so that every knob is a typed key of the command line and of a YAML.
 """
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,15 +24,20 @@ from lmc.dreamsampler import (
     Inpainting,
     check_factor,
     check_prior,
+    check_sigma,
     data_weight,
 )
+from lmc.errors import require
 from lmc.files import write_json, write_text
 from lmc.one_image.job import RECORD, RESULTS, check_out, read_image, save_image
 from lmc.priors import Embedding, Prior
 from lmc.progress import tracker
+from lmc.renderers.drawing import Drawing, vectorise
+from lmc.renderers.svg import SVG
 from lmc.shards.images import middle_square
 
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
+RASTER_STEPS = 3  # gradient steps on pixels at each t
 
 
 @dataclass(kw_only=True)
@@ -171,11 +176,13 @@ class InverseProblem(Task):
     lambda_dc: float | None = None
     lambda_sds: float = 1.0
     sampler: DreamSampler = field(
-        default_factory=lambda: DreamSampler(steps=50, eta=1.0, step_size=0.1, inner_steps=3)
+        default_factory=lambda: DreamSampler(
+            steps=50, eta=1.0, step_size=0.1, inner_steps=RASTER_STEPS
+        )
     )
 
     @abstractmethod
-    def operator(self, size: int) -> Any:
+    def degradation(self, size: int) -> Any:
         """A of images of size x size, an `lmc.dreamsampler.Operator` with its `squared_norm`.
 
         Raises:
@@ -192,15 +199,10 @@ class InverseProblem(Task):
         if self.measured and self.noise:
             raise ValueError("noise is for an original to be degraded: leave it 0 if measured")
         size = self.prior.image_size
-        self.a = self.operator(size)
+        self.a = self.degradation(size)
         scale = 1 / self.a.squared_norm if self.lambda_dc is None else self.lambda_dc
         self.weight = data_weight(self.gamma, scale, self.lambda_sds)
-        longest = 2 / (1 + 2 * self.weight * self.a.squared_norm)
-        if self.sampler.step_size >= longest:
-            raise ValueError(
-                f"sampler.step_size {self.sampler.step_size} diverges with λ = {self.weight:.3g}: "
-                f"it must be below {longest:.3g}"
-            )
+        self.check_step_size()
         self.original = None if self.measured else self.read(self.image, size)
         if self.original is None:
             self.y = self.read(self.image, self.measured_size(size))
@@ -209,35 +211,60 @@ class InverseProblem(Task):
             generator = torch.Generator().manual_seed(MEASUREMENT_SEED)
             self.y = y + self.noise * torch.randn(y.shape, generator=generator)
 
+    def check_step_size(self) -> None:
+        """Refuse a ζ with which the steps diverge.
+
+        Raises:
+            ValueError: it is too large for λ.
+        """
+        longest = 2 / (1 + 2 * self.weight * self.a.squared_norm)
+        if self.sampler.step_size >= longest:
+            raise ValueError(
+                f"sampler.step_size {self.sampler.step_size} diverges with λ = {self.weight:.3g}: "
+                f"it must be below {longest:.3g}"
+            )
+
     def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.restore(self.sampler, base, target), self.given()
+
+    def restore(self, sampler: DreamSampler, base: Embedding, target: Embedding) -> Tensor:
+        """The restored images, (seeds, 3, H, W)."""
         size = self.prior.image_size
         grey = torch.zeros(len(self.each_seed), 3, size, size, device=self.device)
         with torch.no_grad():
             canvas = Canvas(self.prior, self.prior.encode(grey))
-        penalty = DataConsistency(self.a, self.y.to(self.device), self.weight)
-        self.sampler(
+        sampler(
             self.prior,
             canvas,
             base,
             target,
             self.generators(),
-            penalty=penalty,
+            penalty=self.penalty(),
             track=tracker("sampling"),
         )
-        others = {"measurement": self.y[0]}
-        if self.original is not None:
-            others["original"] = self.original[0]
         with torch.no_grad():
-            return canvas(), others
+            return canvas().detach()  # z itself may be a parameter
+
+    def penalty(self) -> DataConsistency:
+        """λ R."""
+        return DataConsistency(self.a, self.y.to(self.device), self.weight)
+
+    def given(self) -> dict[str, Tensor]:
+        """The measurement, and the original where it is known."""
+        known = {} if self.original is None else {"original": self.original[0]}
+        return {"measurement": self.y[0], **known}
+
+    def enlarged(self) -> Tensor:
+        """The measurement, bicubic where it is small: (1, 3, S, S), S the prior's resolution."""
+        size = [self.prior.image_size] * 2
+        return F.interpolate(self.y, size, mode="bicubic") if self.y.shape[-1] < size[0] else self.y
 
     def results(self, images: Tensor) -> dict[str, Any]:
         """PSNR in dB over the whole image, of the measurement (bicubic where small) and results."""
         if self.original is None:
             return {}
-        size = self.original.shape[-2:]
-        y = F.interpolate(self.y, size, mode="bicubic") if self.y.shape[-2:] != size else self.y
         return {
-            "measurement_psnr": psnr(y, self.original),
+            "measurement_psnr": psnr(self.enlarged(), self.original),
             "result_psnr": [psnr(image[None], self.original) for image in images],
         }
 
@@ -253,7 +280,7 @@ class Inpaint(InverseProblem):
 
     mask: str
 
-    def operator(self, size: int) -> Inpainting:
+    def degradation(self, size: int) -> Inpainting:
         sizes = [tuple(read_image(Path(file)).shape[-2:]) for file in (self.image, self.mask)]
         if sizes[0] != sizes[1]:
             (h, w), (mask_h, mask_w) = sizes
@@ -282,7 +309,7 @@ class SuperResolve(InverseProblem):
 
     factor: int = 4
 
-    def operator(self, size: int) -> AveragePooling:
+    def degradation(self, size: int) -> AveragePooling:
         check_factor(self.factor, size, size)
         return AveragePooling(self.factor)
 
@@ -300,13 +327,147 @@ class Deblur(InverseProblem):
 
     sigma: float = 1.5
 
-    def operator(self, size: int) -> GaussianBlur:
-        if not self.sigma > 0 or math.ceil(3 * self.sigma) >= size:
-            raise ValueError(
-                f"sigma must be positive and a third of the image's {size} pixels at most, "
-                f"got {self.sigma}"
-            )
+    def degradation(self, size: int) -> GaussianBlur:
+        check_sigma(self.sigma, size)
         return GaussianBlur(self.sigma)
+
+
+@dataclass(kw_only=True)
+class RestoreSVG(InverseProblem):
+    """Find a vector graphic of which the image is a blurred or a small raster.
+
+    Paths are fitted to the measurement (the vectorised one), then DreamSampler moves them. Both by
+    Adam. `sampler.step_size` is the raster's alone, which `baseline` asks for.
+
+    Args:
+        operator: what was done to the raster.
+        sigma: of the blur, in pixels at the prior's resolution.
+        factor: of downsample, between the sides of the raster and of y.
+        paths: how many closed paths of `segments` cubic Béziers there are, over a background.
+        segments: of each path.
+        points_lr: the highest rate of Adam for the paths' points, in pixels.
+        colours_lr: for colours, opacity and background, in [0, 1].
+        vectorise_steps: of Adam, in which the paths are fitted to the measurement first.
+        baseline: also restore the raster alone, as deblur and super_resolve do, and vectorise that
+            with the same paths, by as many steps of Adam in all.
+        clip: a CLIP, as a folder or hub id: the cosine of the pictures with `prompt`.
+        gamma: γ in [0, 1), the data's share.
+    """
+
+    operator: Literal["blur", "downsample"]
+    sigma: float = 1.5
+    factor: int = 4
+    paths: int = 64
+    segments: int = 4
+    points_lr: float = 0.2
+    colours_lr: float = 0.02
+    vectorise_steps: int = 300
+    baseline: bool = False
+    clip: str | None = None
+    sampler: DreamSampler = field(
+        default_factory=lambda: DreamSampler(steps=50, eta=1.0, step_size=0.1, inner_steps=10)
+    )
+
+    def degradation(self, size: int) -> AveragePooling | GaussianBlur:
+        if self.operator == "blur":
+            check_sigma(self.sigma, size)
+            return GaussianBlur(self.sigma)
+        check_factor(self.factor, size, size)
+        return AveragePooling(self.factor)
+
+    def measured_size(self, size: int) -> int:
+        return size if self.operator == "blur" else size // self.factor
+
+    def check(self) -> None:
+        require(self.vectorise_steps >= 0, "vectorise_steps", "at least 0", self.vectorise_steps)
+        if self.clip is not None and not self.prompt:
+            raise ValueError("clip compares with the prompt: give one")
+        super().check()
+        self.drawings = [self.drawing(seed) for seed in self.each_seed]
+        self.pictures: dict[str, Tensor] = {}
+        self.judge: Any = None
+        if self.clip is not None:
+            from lmc.measure.metrics import Clip
+
+            self.judge = Clip(self.clip, self.device)
+
+    def check_step_size(self) -> None:
+        if self.baseline:
+            super().check_step_size()
+
+    def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
+        y = self.enlarged().to(self.device).expand(len(self.each_seed), -1, -1, -1)
+        self.pictures["vectorised"] = self.vectorise(self.drawings, y, self.vectorise_steps)
+        for i, drawing in enumerate(self.drawings):
+            row = slice(i, i + 1)
+            self.sampler(
+                self.prior,
+                drawing,
+                base.rows(row),
+                target.rows(row),
+                self.generators()[row],
+                penalty=self.penalty(),
+                track=tracker("sampling"),
+            )
+        with torch.no_grad():
+            images = torch.cat([drawing() for drawing in self.drawings])
+        if self.baseline:
+            raster = self.restore(replace(self.sampler, inner_steps=RASTER_STEPS), base, target)
+            steps = self.vectorise_steps + self.sampler.steps * self.sampler.inner_steps
+            drawings = [self.drawing(seed) for seed in self.each_seed]
+            self.pictures["raster"] = raster
+            self.pictures["baseline"] = self.vectorise(drawings, raster.clamp(-1, 1), steps)
+        named = {
+            f"{name}-{seed}": image
+            for name, images_of in self.pictures.items()
+            for seed, image in zip(self.each_seed, images_of, strict=True)
+        }
+        return images, self.given() | named
+
+    def drawing(self, seed: int) -> Drawing:
+        """Random paths over the measurement's mean colour."""
+        generator = torch.Generator().manual_seed(seed)
+        svg = SVG.random(self.paths, self.prior.image_size, generator, self.segments)
+        svg.background.data = (self.y[0].mean((1, 2)).clamp(-1, 1) + 1) / 2
+        svg.background.requires_grad_()
+        return Drawing(svg, self.points_lr, self.colours_lr)
+
+    def vectorise(self, drawings: Sequence[Drawing], images: Tensor, steps: int) -> Tensor:
+        """Fit a drawing a seed to its image (seeds, 3, S, S); the rasters, likewise."""
+        for drawing, image, generator in zip(drawings, images, self.generators(), strict=True):
+            drawing.to(self.device)
+            vectorise(drawing, image[None], steps, generator, tracker("vectorising"))
+        with torch.no_grad():
+            return torch.cat([drawing() for drawing in drawings])
+
+    def __call__(self, settings: str) -> None:
+        super().__call__(settings)
+        for seed, drawing in zip(self.each_seed, self.drawings, strict=True):
+            drawing.svg.save(Path(self.out) / f"result-{seed}.svg")
+
+    def results(self, images: Tensor) -> dict[str, Any]:
+        """Of the measurement, the vectorised one, the result and the baseline what can be measured.
+
+        PSNR and, where its weights are on the disk, LPIPS to the original; CLIP score if asked for.
+        """
+        from lmc.measure.metrics import clip_score, distances
+
+        rows = {"measurement": self.enlarged(), **self.pictures, "result": images}
+        found: dict[str, Any] = {}
+        for name, batch in rows.items():
+            batch = batch.cpu().clamp(-1, 1)
+            columns: dict[str, list[float]] = {}
+            if self.original is not None:
+                columns["psnr"] = [psnr(image[None], self.original) for image in batch]
+                if lpips := distances(self.prior.image_size).get("lpips"):
+                    columns["lpips"] = lpips(batch, self.original.expand_as(batch)).tolist()
+            if self.judge is not None:
+                texts = self.judge.texts([self.prompt]).expand(len(batch), -1)
+                seen = self.judge.images(batch.to(self.device))
+                columns["clip_score"] = clip_score(seen, texts).tolist()
+            for column, values in columns.items():
+                found[f"{name}_{column}"] = values[0] if name == "measurement" else values
+        return found
 
 
 def psnr(image: Tensor, original: Tensor) -> float:

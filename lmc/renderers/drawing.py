@@ -1,6 +1,6 @@
 """Vector graphics as what score distillation optimises: rates of their own, vanished paths anew."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +59,34 @@ class Drawing(nn.Module):
     def save(self, folder: Path, stems: Sequence[str]) -> None:
         """Write STEM.svg."""
         self.svg.save(folder / f"{stems[0]}.svg")
+
+
+def set_rates(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]]) -> None:
+    """Give an optimiser's groups the learning rates of `groups`, in their order."""
+    for group, now in zip(optimizer.param_groups, groups, strict=True):
+        group["lr"] = now["lr"]
+
+
+def vectorise(
+    drawing: Drawing,
+    image: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    track: Callable[[range], Iterable[int]] = iter,
+) -> None:
+    """Fit a drawing to an image by Adam, at its rates: the mean squared difference of the raster.
+
+    Args:
+        drawing: begins as it is; changed in place.
+        image: (1, 3, H, W) in [-1, 1], of the raster's size, on the drawing's device.
+        steps: of Adam.
+        generator: on the CPU; draws vanished paths anew.
+        track: wraps the steps, to show progress.
+    """
+    adam = torch.optim.Adam(drawing.groups(0, steps))
+    for step in track(range(steps)):
+        set_rates(adam, drawing.groups(step, steps))
+        adam.zero_grad()
+        (drawing() - image).square().mean().backward()
+        adam.step()
+        drawing.after(step, steps, generator)
