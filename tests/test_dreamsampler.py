@@ -24,6 +24,7 @@ from lmc.dreamsampler import (
     mix_noise,
     posterior_deviation,
 )
+from lmc.measure.metrics import rmse
 from lmc.one_image.job import read_image
 from lmc.priors import DiffusersPrior
 from lmc.priors.prompts import TextPrompts
@@ -490,8 +491,9 @@ def restore(prior: Path, image: Path, out: Path, operator: str, *more: str) -> l
 
 
 @pytest.mark.parametrize("operator", ["blur", "downsample"])
-def test_restore_svg(tiny_prior_folder, files, tmp_path, capsys, operator):
+def test_restore_svg(tiny_prior_folder, files, tmp_path, capsys, operator, monkeypatch):
     """The graphic is the picture; the figures are the pictures'; the same settings, the same."""
+    monkeypatch.setattr("lmc.measure.metrics.distances", lambda size: {"lpips": rmse})
     out, again = tmp_path / "out", tmp_path / "again"
     clip = build_clip_folder(tmp_path / "clip")
     more = ("--seeds=3,5", "--baseline", f"--clip={clip}", "--prompt=a cat")
@@ -505,8 +507,10 @@ def test_restore_svg(tiny_prior_folder, files, tmp_path, capsys, operator):
 
     printed, results = capsys.readouterr(), json.loads((out / "results.json").read_text())
     for kind in ("measurement", *kinds):
-        assert f"{kind}_psnr" in printed.out and f"{kind}_clip_score" in printed.out
-        assert np.size(results[f"{kind}_psnr"]) == (1 if kind == "measurement" else 2)
+        for column in ("psnr", "lpips", "clip_score"):
+            assert f"{kind}_{column}: " in printed.out
+            count = np.size(results[f"{kind}_{column}"])
+            assert count == (1 if kind == "measurement" else 2)
     assert "vectorising 2/2" in printed.err and "sampling 3/3" in printed.err
     original = read_image(out / "original.png")
     for i, seed in enumerate((3, 5)):
@@ -516,6 +520,7 @@ def test_restore_svg(tiny_prior_folder, files, tmp_path, capsys, operator):
         torch.testing.assert_close(graphic().detach()[0], image, atol=1 / 255 + 1e-5, rtol=0)
         expected = -10 * (image - original).square().mean().log10().item() + 10 * np.log10(4)
         assert results["result_psnr"][i] == pytest.approx(expected, abs=0.1)
+        assert results["result_lpips"][i] == pytest.approx(rmse(image[None], original[None]), 0.02)
     assert results["result_psnr"] != results["vectorised_psnr"]
 
     main(["dreamsampler", "restore_svg", f"--config={out}/settings.yaml", f"--out={again}"])
@@ -525,7 +530,7 @@ def test_restore_svg(tiny_prior_folder, files, tmp_path, capsys, operator):
 
 
 def test_restore_svg_of_a_measurement_of_ones_own(tiny_prior_folder, files, tmp_path, capsys):
-    """Nothing to compare with; and no step size of the raster's matters."""
+    """Nothing to compare with; and ζ does not matter."""
     out, own = tmp_path / "out", ("--measured", "--sampler.step_size=9")
     main(restore(tiny_prior_folder, files["small"], out, "downsample", *own))
     assert (out / "measurement.png").read_bytes() == files["small"].read_bytes()
@@ -626,15 +631,15 @@ def test_bad_input_is_found_before_weights_are_loaded(
     assert "factor 5 does not" in message("restore_svg", "--operator=downsample", "--factor=5")
     assert "clip compares with the prompt: give one" in message(*svg, "--clip=x")
     assert "no such folder: ./gone (CLIP" in message(*svg, "--clip=./gone", "--prompt=a cat")
-    assert "must be below 0.105" in message(*svg, "--baseline", "--sampler.step_size=0.2")
     flow = family_folder("sd35")
     assert f"{flow} is a flow prior" in message(*edit, prior=flow)
     classes = family_folder("dit")
     assert "no class 'a dog'" in message(*edit, prior=classes)
 
 
-def test_the_config_opens_with_a_command_that_takes_it():
-    file = Path(__file__).parents[1] / "configs" / "image" / "demo-dreamsampler.yaml"
+@pytest.mark.parametrize("config", ["demo-dreamsampler", "demo-restore-svg"])
+def test_the_config_opens_with_a_command_that_takes_it(config):
+    file = Path(__file__).parents[1] / "configs" / "image" / f"{config}.yaml"
     header = next(line for line in file.read_text().splitlines() if "--config" in line)
     _, _, _, command, *args = shlex.split(header)
     args[args.index("--config") + 1] = str(file)

@@ -37,7 +37,9 @@ from lmc.renderers.svg import SVG
 from lmc.shards.images import middle_square
 
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
-RASTER_STEPS = 3  # gradient steps on pixels at each t
+# Of the inverse problems of pixels, unless told otherwise.
+PIXELS, PIXELS_GAMMA = DreamSampler(steps=50, eta=1.0, step_size=0.1, inner_steps=3), 0.9
+ANEW = 5  # times of the grid between two looks for paths that have vanished
 
 
 @dataclass(kw_only=True)
@@ -172,14 +174,10 @@ class InverseProblem(Task):
     measured: bool = False
     noise: float = 0.0
     prompt: str = ""
-    gamma: float = 0.9
+    gamma: float = PIXELS_GAMMA
     lambda_dc: float | None = None
     lambda_sds: float = 1.0
-    sampler: DreamSampler = field(
-        default_factory=lambda: DreamSampler(
-            steps=50, eta=1.0, step_size=0.1, inner_steps=RASTER_STEPS
-        )
-    )
+    sampler: DreamSampler = field(default_factory=lambda: PIXELS)
 
     @abstractmethod
     def degradation(self, size: int) -> Any:
@@ -225,10 +223,12 @@ class InverseProblem(Task):
             )
 
     def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.restore(self.sampler, base, target), self.given()
+        return self.restore(self.sampler, self.weight, base, target), self.given()
 
-    def restore(self, sampler: DreamSampler, base: Embedding, target: Embedding) -> Tensor:
-        """The restored images, (seeds, 3, H, W)."""
+    def restore(
+        self, sampler: DreamSampler, weight: float, base: Embedding, target: Embedding
+    ) -> Tensor:
+        """The images restored as pixels, or latents, with a λ: (seeds, 3, H, W)."""
         size = self.prior.image_size
         grey = torch.zeros(len(self.each_seed), 3, size, size, device=self.device)
         with torch.no_grad():
@@ -239,15 +239,15 @@ class InverseProblem(Task):
             base,
             target,
             self.generators(),
-            penalty=self.penalty(),
+            penalty=self.penalty(weight),
             track=tracker("sampling"),
         )
         with torch.no_grad():
             return canvas().detach()  # z itself may be a parameter
 
-    def penalty(self) -> DataConsistency:
+    def penalty(self, weight: float) -> DataConsistency:
         """λ R."""
-        return DataConsistency(self.a, self.y.to(self.device), self.weight)
+        return DataConsistency(self.a, self.y.to(self.device), weight)
 
     def given(self) -> dict[str, Tensor]:
         """The measurement, and the original where it is known."""
@@ -336,8 +336,8 @@ class Deblur(InverseProblem):
 class RestoreSVG(InverseProblem):
     """Find a vector graphic of which the image is a blurred or a small raster.
 
-    Paths are fitted to the measurement (the vectorised one), then DreamSampler moves them. Both by
-    Adam. `sampler.step_size` is the raster's alone, which `baseline` asks for.
+    Paths are fitted to the measurement, which vectorises it, then moved by DreamSampler: both by
+    Adam, at rates of their own, and `sampler.step_size` is not used.
 
     Args:
         operator: what was done to the raster.
@@ -348,8 +348,8 @@ class RestoreSVG(InverseProblem):
         points_lr: the highest rate of Adam for the paths' points, in pixels.
         colours_lr: for colours, opacity and background, in [0, 1].
         vectorise_steps: of Adam, in which the paths are fitted to the measurement first.
-        baseline: also restore the raster alone, as deblur and super_resolve do, and vectorise that
-            with the same paths, by as many steps of Adam in all.
+        baseline: also restore the raster, as deblur and super_resolve do by default, and vectorise
+            that, beginning with the same paths, in as many steps of Adam in all.
         clip: a CLIP, as a folder or hub id: the cosine of the pictures with `prompt`.
         gamma: γ in [0, 1), the data's share.
     """
@@ -364,9 +364,8 @@ class RestoreSVG(InverseProblem):
     vectorise_steps: int = 300
     baseline: bool = False
     clip: str | None = None
-    sampler: DreamSampler = field(
-        default_factory=lambda: DreamSampler(steps=50, eta=1.0, step_size=0.1, inner_steps=10)
-    )
+    gamma: float = 0.97
+    sampler: DreamSampler = field(default_factory=lambda: replace(PIXELS, inner_steps=10))
 
     def degradation(self, size: int) -> AveragePooling | GaussianBlur:
         if self.operator == "blur":
@@ -392,27 +391,28 @@ class RestoreSVG(InverseProblem):
             self.judge = Clip(self.clip, self.device)
 
     def check_step_size(self) -> None:
-        if self.baseline:
-            super().check_step_size()
+        """Any will do: it is not used."""
 
     def sample(self, base: Embedding, target: Embedding) -> tuple[Tensor, dict[str, Tensor]]:
         y = self.enlarged().to(self.device).expand(len(self.each_seed), -1, -1, -1)
         self.pictures["vectorised"] = self.vectorise(self.drawings, y, self.vectorise_steps)
         for i, drawing in enumerate(self.drawings):
-            row = slice(i, i + 1)
+            row, drawing.anew = slice(i, i + 1), ANEW
             self.sampler(
                 self.prior,
                 drawing,
                 base.rows(row),
                 target.rows(row),
                 self.generators()[row],
-                penalty=self.penalty(),
+                penalty=self.penalty(self.weight),
                 track=tracker("sampling"),
             )
         with torch.no_grad():
             images = torch.cat([drawing() for drawing in self.drawings])
         if self.baseline:
-            raster = self.restore(replace(self.sampler, inner_steps=RASTER_STEPS), base, target)
+            sampler = replace(PIXELS, guidance_scale=self.sampler.guidance_scale)
+            weight = data_weight(PIXELS_GAMMA, 1 / self.a.squared_norm)
+            raster = self.restore(sampler, weight, base, target)
             steps = self.vectorise_steps + self.sampler.steps * self.sampler.inner_steps
             drawings = [self.drawing(seed) for seed in self.each_seed]
             self.pictures["raster"] = raster
@@ -452,22 +452,26 @@ class RestoreSVG(InverseProblem):
         """
         from lmc.measure.metrics import clip_score, distances
 
-        rows = {"measurement": self.enlarged(), **self.pictures, "result": images}
+        lpips = distances(self.prior.image_size).get("lpips") if self.original is not None else None
         found: dict[str, Any] = {}
-        for name, batch in rows.items():
-            batch = batch.cpu().clamp(-1, 1)
-            columns: dict[str, list[float]] = {}
+        named = {"measurement": self.enlarged(), **self.pictures, "result": images}
+        for name, several in named.items():
+            batch = several.cpu().clamp(-1, 1)
             if self.original is not None:
-                columns["psnr"] = [psnr(image[None], self.original) for image in batch]
-                if lpips := distances(self.prior.image_size).get("lpips"):
-                    columns["lpips"] = lpips(batch, self.original.expand_as(batch)).tolist()
+                found[f"{name}_psnr"] = [psnr(image[None], self.original) for image in batch]
+            if self.original is not None and lpips is not None:
+                original = self.original.expand_as(batch).contiguous()
+                found[f"{name}_lpips"] = lpips(batch, original).tolist()
             if self.judge is not None:
-                texts = self.judge.texts([self.prompt]).expand(len(batch), -1)
-                seen = self.judge.images(batch.to(self.device))
-                columns["clip_score"] = clip_score(seen, texts).tolist()
-            for column, values in columns.items():
-                found[f"{name}_{column}"] = values[0] if name == "measurement" else values
-        return found
+                seen, text = (
+                    self.judge.images(batch.to(self.device)),
+                    self.judge.texts([self.prompt]),
+                )
+                found[f"{name}_clip_score"] = clip_score(seen, text.expand_as(seen)).tolist()
+        return {
+            name: values[0] if name.startswith("measurement") else values
+            for name, values in found.items()
+        }
 
 
 def psnr(image: Tensor, original: Tensor) -> float:
