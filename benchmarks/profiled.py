@@ -17,12 +17,11 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from step import BIAS, TRANSLATOR
+from step import BIAS, PLAIN_BIAS, TRANSLATOR, trained
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lmc.training.bias import CorrectorTraining
@@ -106,11 +105,7 @@ def measure(
     kind: type, config: str, steps: int, options: Sequence[str]
 ) -> dict[str, Mapping[str, float]]:
     """Milliseconds a step: 'parts', and of the rest its largest 'operations'."""
-    with TemporaryDirectory() as folder:
-        limits = [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
-        limits += [f"--save_every={10 * steps}", f"--run={folder}/run"]
-        cli = ProfiledTraining(kind, ["fit", "--config", config, *limits, *options])
-    found = cli.profiled
+    found = trained(kind, config, steps, options, ProfiledTraining).profiled
     times, operations = parts_of(found.profile.events(), found.steps)
     # What Python does between two operations, and in none of the methods that have names.
     between = 1e3 * found.seconds / found.steps - sum(times.values())
@@ -126,12 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=24, help="of each training (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     args = parser.parse_args(argv)
-    plain = ["--model.kind=unet", "--model.restoring=null", "--model.statistics=image"]
     rows = {
         "stage two, lmc": measure(TranslatorTraining, TRANSLATOR, args.steps, []),
-        "stage one, a plain U-Net": measure(
-            CorrectorTraining, BIAS, args.steps, [*plain, "--model.stability=0"]
-        ),
+        "stage one, a plain U-Net": measure(CorrectorTraining, BIAS, args.steps, PLAIN_BIAS),
     }
     for title, row in rows.items():
         total = sum(row["parts"].values())

@@ -35,6 +35,8 @@ from lmc.training.cli import TrainingCLI
 from lmc.training.translator import TranslatorTraining
 
 BIAS, TRANSLATOR = "configs/bias/demo.yaml", "configs/translator/demo.yaml"
+PLAIN_BIAS = ["--model.kind=unet", "--model.restoring=null", "--model.statistics=image"]
+PLAIN_BIAS += ["--model.stability=0"]
 PARTS = ("step", "denoiser", "network, Adam", "corrector", "VAE")
 PLAIN = "plain loop"
 WARM_UP = 4  # steps that are not counted
@@ -169,14 +171,21 @@ class Timed(TrainingCLI):
         self.trainer.callbacks.append(self.parts)
 
 
+def trained(
+    kind: type, config: str, steps: int, options: Sequence[str], training: type[TrainingCLI]
+) -> Any:
+    """A training of a few steps, which leaves nothing behind."""
+    with TemporaryDirectory() as folder:
+        limits = [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
+        limits += [f"--save_every={10 * steps}", f"--run={folder}/run"]
+        return training(kind, ["fit", "--config", config, *limits, *options])
+
+
 def measure(
     kind: type, config: str, steps: int, options: Sequence[str], training: type = Timed
 ) -> dict[str, float]:
     """Medians in milliseconds, of a step and of its parts."""
-    with TemporaryDirectory() as folder:
-        limits = [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
-        limits += [f"--save_every={10 * steps}", f"--run={folder}/run"]
-        cli = training(kind, ["fit", "--config", config, *limits, *options])
+    cli = trained(kind, config, steps, options, training)
     timed = {name: values[WARM_UP:] for name, values in cli.parts.times.items()}
     return {name: 1e3 * statistics.median(values) for name, values in timed.items() if values}
 
@@ -195,10 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows[f"stage two, {name.lower()}"] = measure(
             TranslatorTraining, TRANSLATOR, args.steps, own
         )
-    plain = ["--model.kind=unet", "--model.restoring=null", "--model.statistics=image"]
-    rows["stage one, a plain U-Net"] = measure(
-        CorrectorTraining, BIAS, args.steps, [*plain, "--model.stability=0"]
-    )
+    rows["stage one, a plain U-Net"] = measure(CorrectorTraining, BIAS, args.steps, PLAIN_BIAS)
     report(rows, args.json)
 
 
