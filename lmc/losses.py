@@ -298,10 +298,13 @@ class LMC(ScoreDistillation):
             b − z_hat: diverse results [LMC, Sec. 4]. Three evaluations in place of two.
         statistics: of Eq. 10, in place of the corrector's own.
         keep_ratio: multiply b − z_hat by alpha_t / sigma_t, which Eq. 9 drops from Eq. 7.
+        first_stage: the share of the run that is plain SDS, whose blur rids a translator of its
+            source's detail, which LMC-SDS keeps like any other. Not in the paper.
 
     Raises:
         FileNotFoundError: there is no such corrector.
-        ValueError: unknown statistics, or some that the corrector was not trained for.
+        ValueError: unknown statistics, or some that the corrector was not trained for; first_stage
+            is no share.
     """
 
     name = "lmc"
@@ -314,9 +317,11 @@ class LMC(ScoreDistillation):
         fixed_noise: bool = False,
         statistics: Statistics | None = None,
         keep_ratio: bool = False,
+        first_stage: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.first_stage = _share(first_stage)
         if statistics not in (None, *get_args(Statistics)):
             known = ", ".join(get_args(Statistics))
             raise ValueError(f"unknown statistics {statistics!r}; known are {known}")
@@ -357,11 +362,14 @@ class LMC(ScoreDistillation):
             (eps_uncond, z_hat), (eps_cond, _) = _predict(
                 prior, x.t, (z_t, x.null), (z_t, x.target)
             )
+        cond = self.guidance_scale * (eps_cond - eps_uncond)
+        if x.progress < self.first_stage:
+            return {"cond": cond, "proj": eps_uncond - (x.eps_fixed if self.fixed_noise else x.eps)}
         g_lmc = self.corrector.correct(x.z, x.t, z_hat, self.statistics) - z_hat
         if self.keep_ratio:
             alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
             g_lmc = alpha_t / sigma_t * g_lmc
-        return {"cond": self.guidance_scale * (eps_cond - eps_uncond), "lmc": g_lmc}
+        return {"cond": cond, "lmc": g_lmc}
 
 
 class DDS(ScoreDistillation):
@@ -818,9 +826,7 @@ class Bridge(SDS):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not 0 <= first_stage <= 1:
-            raise ValueError(f"first_stage must be a share of the run in [0, 1], got {first_stage}")
-        self.first_stage = first_stage
+        self.first_stage = _share(first_stage)
         self.target_suffix, self.source_suffix = target_suffix, source_suffix
         self.suffixes = [each for each in (target_suffix, source_suffix) if each is not None]
 
@@ -880,6 +886,12 @@ def surrogate(z: Tensor, gradient: Tensor) -> Tensor:
     Its value means nothing; the step that uses it chooses the reduction.
     """
     return (gradient.detach() * z).sum(dim=tuple(range(1, z.ndim)))
+
+
+def _share(first_stage: float) -> float:
+    if not 0 <= first_stage <= 1:
+        raise ValueError(f"first_stage must be a share of the run in [0, 1], got {first_stage}")
+    return first_stage
 
 
 def _noisy(prior: Prior, z: Tensor, x: LossInputs) -> Tensor:

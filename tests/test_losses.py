@@ -616,6 +616,21 @@ def test_lmc_without_a_correction_and_with_the_ratio_is_sds(prior):
     )
 
 
+@pytest.mark.parametrize("name", ["lmc", "lmc_fixed"])
+def test_lmc_with_a_first_stage_is_sds_and_then_lmc(prior, name):
+    x = inputs(prior)
+    x = replace(x, eps_fixed=x.eps) if name == "lmc_fixed" else x
+    first = make(name, prior, guidance_scale=3.0, first_stage=0.6)
+    then = make(name, prior, guidance_scale=3.0, first_stage=0.5)
+    assert x.progress == 0.5
+    sds, lmc = (make(each, prior, guidance_scale=3.0)(prior, x) for each in ("sds", name))
+    equal(first(prior, x).total, sds.total)
+    equal(then(prior, x).total, lmc.total)
+    assert first(prior, x).terms.keys() == sds.terms.keys()
+    with pytest.raises(ValueError, match="first_stage must be a share of the run"):
+        make(name, prior, first_stage=-0.1)
+
+
 def test_lmc_with_its_one_noise_fixed_is_lmc(prior):
     x = inputs(prior)
     same = LossInputs(**{**vars(x), "eps_fixed": x.eps})
