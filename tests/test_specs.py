@@ -40,6 +40,7 @@ OPTIONS = {
         "fixed_noise": False,
         "statistics": None,
         "keep_ratio": False,
+        "first_stage": 0.0,
     },
     "nfsd": {**COMMON, "negative_prompt": NEGATIVE_PROMPT},
     "ms_sds": {**COMMON, "steps": 5},
