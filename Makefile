@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint docs
+.PHONY: try demo test test-slow lint docs
+
+try: .venv/ready
+	$(BIN)/python data/demo/try.py
 
 demo: .venv/ready
 	$(BIN)/python data/demo/run.py

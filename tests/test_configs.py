@@ -22,6 +22,7 @@ from lmc.training.clip import ClipTraining
 from lmc.training.prior import PriorTraining
 from lmc.training.start import train
 from lmc.training.translator import TranslatorTraining
+from lmc.translator import Translator
 
 import worlds
 from gaussian import GaussianPrior
@@ -132,6 +133,24 @@ def test_eight_classes_are_all_that_the_demo_draws(monkeypatch):
     assert eight.pop("run") != four.pop("run") and eight == four
 
 
+def test_what_make_try_uses_is_small_and_trained_longer(tmp_path):
+    """Else as the eight classes, with the corrector that is released beside it."""
+    reader, file = ConfigReader(TranslatorTraining), CONFIGS / "translator" / "demo-try.yaml"
+    args = command(file, "translator")
+    eight, mine = (reader.read(args[1:n])["model"] for n in (5, 7))
+    given = {key: mine[key] for key in ("classes", "image_size", "widths", "norm", "residual")}
+    network = Translator(**given, gated=mine["gated"])
+    write_release(network, tmp_path / "out", "made up", Terms(**worlds.TERMS), half=True)
+    assert sum(each.stat().st_size for each in (tmp_path / "out").iterdir()) < 1.49e6
+    own = yaml.safe_load(file.read_text())
+    assert own["trainer"]["max_steps"] > reader.read(args[1:5])["trainer"]["max_steps"]
+    corrector = mine["loss"]["init_args"]["corrector"]
+    assert f"--out {corrector} --half" in header(file)
+    for key in own["model"]:
+        assert eight.pop(key) != mine.pop(key), key
+    assert eight == mine
+
+
 @pytest.mark.parametrize("stage", LABELLED)
 def test_configs_on_labelled_pictures_build_their_training(stage, tmp_path, monkeypatch):
     """By the header's own command; of the classes and captions that the demo draws."""
@@ -185,7 +204,8 @@ def test_every_config_is_tested():
     found = {str(file.relative_to(CONFIGS))[:-5] for file in CONFIGS.rglob("*.yaml")}
     stages = {f"{stage}/{which}" for stage in STAGES for which in ("demo", "paper")}
     mine = stages | {f"priors/{name}" for name in PRIORS} | {"translator/imagenet-classes"}
-    mine |= {"translator/demo-eight", *(f"{stage}/demo" for stage in LABELLED)}
+    mine |= {"translator/demo-eight", "translator/demo-try"}
+    mine |= {*(f"{stage}/demo" for stage in LABELLED)}
     mine |= {f"{stage}/{name}" for stage in FACES for name in ("faces", "faces-64")}
     assert {name for name in found if not name.startswith("image/")} == mine
 
