@@ -489,7 +489,7 @@ lmc = 1
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The repository's data, configurations and scripts, as links, in a folder to work in."""
-    ignored = shutil.ignore_patterns("__pycache__", "release", "cats", "photos", ".plan")
+    ignored = shutil.ignore_patterns("__pycache__", "cats", "photos", ".plan")
     for name in ("data", "configs", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name, copy_function=os.symlink, ignore=ignored)
     for file in ROOT.glob("train_*.py"):
