@@ -351,10 +351,11 @@ class LMC(ScoreDistillation):
                 part.to(memory_format=torch.channels_last)
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        z_t = _noisy(prior, x.z, x)
+        z_t, eps = _noisy(prior, x.z, x), x.eps
         if self.fixed_noise:
             assert x.eps_fixed is not None
-            z_t_fixed = _noisy(prior, x.z, replace(x, eps=x.eps_fixed))
+            eps = x.eps_fixed
+            z_t_fixed = _noisy(prior, x.z, replace(x, eps=eps))
             (_, z_hat), (eps_uncond, _), (eps_cond, _) = _predict(
                 prior, x.t, (z_t, x.null), (z_t_fixed, x.null), (z_t_fixed, x.target)
             )
@@ -364,7 +365,7 @@ class LMC(ScoreDistillation):
             )
         cond = self.guidance_scale * (eps_cond - eps_uncond)
         if x.progress < self.first_stage:
-            return {"cond": cond, "proj": eps_uncond - (x.eps_fixed if self.fixed_noise else x.eps)}
+            return {"cond": cond, "proj": eps_uncond - eps}
         g_lmc = self.corrector.correct(x.z, x.t, z_hat, self.statistics) - z_hat
         if self.keep_ratio:
             alpha_t, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
