@@ -8,6 +8,7 @@ Editing and inverse problems are two ways to call it.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur, pad
 
 from lmc.priors import Embedding, Prior
-from lmc.renderers.drawing import set_rates
+from lmc.renderers.adam import ScheduledAdam
 from lmc.renderers.protocol import GroupedRenderer
 from lmc.schedule import Coefficients, FlowSchedule, add_noise, ddim_step, guide
 from lmc.shards.images import resize
@@ -130,14 +131,9 @@ class DreamSampler:
         """
         check_prior(prior)
         grouped = renderer if isinstance(renderer, GroupedRenderer) else None
-        parameters = [p for p in renderer.parameters() if p.requires_grad]
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=self.step_size)
-        if grouped:
-            optimizer = torch.optim.Adam(grouped.groups(0, self.steps))
+        descent = _descent(renderer, self.step_size, self.steps)
         eps_hat, above = eps, None
         for step, time in enumerate(track(self.times)):
-            if grouped:
-                set_rates(optimizer, grouped.groups(step, self.steps))
             with torch.no_grad():
                 z = _latent(prior, renderer)
                 t = torch.full((len(z),), time, dtype=z.dtype, device=z.device)
@@ -161,10 +157,8 @@ class DreamSampler:
                     objective = (_latent(prior, renderer, image) - z_hat).square().sum() / 2
                     if penalty and image is not None:
                         objective = objective + penalty(image).sum()
-                optimizer.zero_grad()
-                objective.backward()
-                optimizer.step()
-            if not all(p.isfinite().all() for p in parameters):
+                descent(objective, step)
+            if not all(p.isfinite().all() for p in renderer.parameters()):
                 raise ValueError(
                     f"the parameters are not finite any more at t = {time:.3f}: lower step_size, "
                     "the penalty's weight or guidance_scale"
@@ -361,6 +355,20 @@ def mix_noise(eps_hat: Tensor, eps: Tensor, sigma_t: Tensor, deviation: Tensor) 
     """e = (√(σ_t² − δ²) eps_hat + δ eps) / σ_t with δ = η β: unit variance if both have it."""
     kept = (sigma_t.square() - deviation.square()).clamp(min=0).sqrt()
     return (kept * eps_hat + deviation * eps) / sigma_t
+
+
+def _descent(renderer: nn.Module, step_size: float, steps: int) -> Callable[[Tensor, int], None]:
+    """How a renderer goes down an objective at a step: by ζ, or by Adam at its own rates."""
+    if isinstance(renderer, GroupedRenderer):
+        return ScheduledAdam(partial(renderer.groups, steps=steps)).down
+    sgd = torch.optim.SGD([p for p in renderer.parameters() if p.requires_grad], lr=step_size)
+
+    def down(objective: Tensor, step: int) -> None:
+        sgd.zero_grad()
+        objective.backward()
+        sgd.step()
+
+    return down
 
 
 def _latent(prior: Prior, renderer: nn.Module, image: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ random patches of any size. What is moved is anything that renders images (`Rend
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lmc.device import to_device
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Embedding, Prior
+from lmc.renderers.adam import ScheduledAdam
 from lmc.renderers.pixels import Latents as Latents
 from lmc.renderers.pixels import Pixels as Pixels
 from lmc.renderers.pixels import grey as grey
@@ -211,7 +213,8 @@ class Optimization:
         self.seeds, self.settings, self.device = seeds, settings, device
         self._task = _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
         self._time = loss.choose_time(time)
-        self._adam, self._finite = _Adam(renderer, settings), _Finite(loss.name)
+        self._adam = ScheduledAdam(partial(_groups, renderer, settings))
+        self._finite = _Finite(loss.name)
         self.done, self._loaded = 0, False
 
     def embed(self) -> None:
@@ -382,52 +385,11 @@ def embed(
         raise
 
 
-class _Adam:
-    """Adam on a renderer's parameters, by its own groups where it has some."""
-
-    def __init__(self, renderer: Renderer, settings: Synthesis) -> None:
-        self.renderer, self.settings = renderer, settings
-        self.adam: torch.optim.Adam | None = None
-
-    def groups(self, step: int) -> list[dict[str, Any]]:
-        """Adam's parameter groups, with the learning rates of `step`."""
-        settings = self.settings
-        groups: list[dict[str, Any]] = [
-            {"params": self.renderer.parameters(), "lr": settings.learning_rate(step)}
-        ]
-        if isinstance(self.renderer, GroupedRenderer):
-            groups = self.renderer.groups(step, settings.steps)
-        return [{**group, "params": list(group["params"])} for group in groups]
-
-    def state_dict(self, step: int) -> dict[str, Any] | None:
-        """Adam's own before `step`; None where it begins anew there."""
-        goes_on = self.adam and _parameters(self.groups(step)) == _parameters(
-            self.adam.param_groups
-        )
-        return self.adam.state_dict() if self.adam and goes_on else None
-
-    def load_state_dict(self, state: Mapping[str, Any] | None, step: int) -> None:
-        """Go on from a `state_dict`; the renderer's parameters are those of then already."""
-        self.adam = None
-        if state is not None:
-            self.adam = torch.optim.Adam(self.groups(step))
-            self.adam.load_state_dict(dict(state))
-
-    def down(self, objective: Tensor, step: int) -> None:
-        """One step down the objective, at the learning rates of `step`."""
-        groups = self.groups(step)
-        if self.adam is None or _parameters(groups) != _parameters(self.adam.param_groups):
-            self.adam = torch.optim.Adam(groups)
-        for group, now in zip(self.adam.param_groups, groups, strict=True):
-            group.update({key: value for key, value in now.items() if key != "params"})
-        self.adam.zero_grad()
-        objective.backward()
-        self.adam.step()
-
-
-def _parameters(groups: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Which they are."""
-    return [id(each) for group in groups for each in group["params"]]
+def _groups(renderer: Renderer, settings: Synthesis, step: int) -> list[dict[str, Any]]:
+    """Adam's parameter groups at `step`: the renderer's own where it has some."""
+    if isinstance(renderer, GroupedRenderer):
+        return renderer.groups(step, settings.steps)
+    return [{"params": renderer.parameters(), "lr": settings.learning_rate(step)}]
 
 
 class _Task:

@@ -358,6 +358,33 @@ def test_a_renderer_with_rates_of_its_own_is_moved_by_adam_at_them():
     assert (seen[1][3] - seen[0][3]).abs().max() <= 0.15 * 1.01
 
 
+def test_a_renderer_whose_parameters_become_others_goes_on_with_them():
+    """As those of a scene do when its voxels become finer: Adam begins anew with what is there."""
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.colours = nn.Parameter(torch.zeros(1, 3, 2, 2))
+
+        def forward(self) -> Tensor:
+            return nn.functional.interpolate(self.colours, (SIZE, SIZE), mode="bilinear")
+
+        def groups(self, step: int, steps: int) -> list[dict]:
+            return [{"params": [self.colours], "lr": 0.1}]
+
+        def after(self, step: int, steps: int, generator: torch.Generator) -> None:
+            seen.append(self.colours.detach().clone())
+            if step == 1:
+                finer = nn.functional.interpolate(self.colours.detach(), (4, 4), mode="nearest")
+                self.colours = nn.Parameter(finer)
+
+    prior, seen = small_prior(SIZE), []
+    null = prior.embed([""])
+    DreamSampler(4, 0.6)(prior, Growing(), null, null, generators(1))
+    assert [each.shape[-1] for each in seen] == [2, 2, 4, 4]
+    assert (seen[3] - seen[2]).abs().max() > 0.01
+
+
 def drawn(*corners: tuple[float, float], size: int = 16) -> SVG:
     """A blue rectangle of these corners (x, y) on light grey, of straight sides."""
     (left, top), (right, bottom) = corners

@@ -1,6 +1,7 @@
 """Vector graphics as what score distillation optimises: rates of their own, vanished paths anew."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import require
+from lmc.renderers.adam import ScheduledAdam
 from lmc.renderers.svg import SVG, learning_rate
 
 
@@ -61,12 +63,6 @@ class Drawing(nn.Module):
         self.svg.save(folder / f"{stems[0]}.svg")
 
 
-def set_rates(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]]) -> None:
-    """Give an optimiser's groups the learning rates of `groups`, in their order."""
-    for group, now in zip(optimizer.param_groups, groups, strict=True):
-        group["lr"] = now["lr"]
-
-
 def vectorise(
     drawing: Drawing,
     image: Tensor,
@@ -83,10 +79,7 @@ def vectorise(
         generator: on the CPU; draws vanished paths anew.
         track: wraps the steps, to show progress.
     """
-    adam = torch.optim.Adam(drawing.groups(0, steps))
+    adam = ScheduledAdam(partial(drawing.groups, steps=steps))
     for step in track(range(steps)):
-        set_rates(adam, drawing.groups(step, steps))
-        adam.zero_grad()
-        (drawing() - image).square().mean().backward()
-        adam.step()
+        adam.down((drawing() - image).square().mean(), step)
         drawing.after(step, steps, generator)
