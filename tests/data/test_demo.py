@@ -206,6 +206,26 @@ def test_make_try(tmp_path, monkeypatch):
     assert Image.open("lion.png").size == (32, 32)
 
 
+def test_drawings_and_scenes(tmp_path):
+    """A step of each; what is there is not made again."""
+    for path in ("lmc", "configs", *(f"data/demo/{name}" for name in ("prior", "clip", "release"))):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).symlink_to(ROOT / path)
+    for name in ("renderers.py", "animals.py"):
+        shutil.copy(DEMO / name, tmp_path / "data/demo")
+    script(tmp_path, "data/demo/renderers.py", "--steps", "1")
+    out = tmp_path / "runs/demo/renderers"
+    results = json.loads((out / "results.json").read_text())
+    assert {*results["svg"]} == {"lmc", "sds", "sdi"} and {*results["scene"]} == {"lmc", "sds"}
+    assert results["scene"]["sds"]["lions"] == 0 and results["edit"]["seconds"] >= 0
+    assert results["scene"]["sds"]["power_lost"] > 1, "an empty scene has none"
+    assert min(Image.open(out / "sheet.png").size) > 90
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*/seed-0.*")}
+    assert len(times) >= 3 * 2 + 2 + 2 * 3
+    script(tmp_path, "data/demo/renderers.py", "--steps", "1")
+    assert all(file.stat().st_mtime_ns == before for file, before in times.items())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_demo_runs(tmp_path):
