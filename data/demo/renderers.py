@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from lmc.cli import main as run
-from lmc.dreamsampler import Canvas, DreamSampler
 from lmc.files import write_json
 from lmc.measure.metrics import Clip, power_spectrum, spectrum_gained, spectrum_lost
 from lmc.one_image.job import read_image
-from lmc.priors import DiffusersPrior
 from lmc.renderers.cameras import Orbits
 from lmc.renderers.drawing import Drawing, vectorise
 from lmc.renderers.scene import Scene
@@ -34,6 +32,7 @@ from lmc.translate import contact_sheet
 from lmc.translator import picture_of
 
 from animals import CLASSES, caption, draw
+from check import sample
 
 ROOT = Path(__file__).parents[2]
 OUT = Path("runs/demo/renderers")
@@ -89,18 +88,6 @@ class Judge:
         return [CLASSES[number] for number in similar.argmax(1)]
 
 
-def sampled(count: int, steps: int) -> Tensor:
-    """Lions by the prior (DDIM of guidance 2), (count, 3, 32, 32) in [-1, 1]."""
-    prior = DiffusersPrior(PRIOR)
-    prior.to("cpu")
-    null, lion = (prior.embed([text]).expand(count) for text in ("", LION))
-    side = prior.image_size
-    canvas = Canvas(prior, torch.zeros(count, 3, side, side))
-    generators = [torch.Generator().manual_seed(number) for number in range(count)]
-    DreamSampler(steps, 0.98, 2.0)(prior, canvas, null, lion, generators)
-    return canvas().detach().clamp(-1, 1)
-
-
 @torch.no_grad()
 def unseen(folder: Path, count: int) -> Tensor:
     """Views of a scene from cameras by another seed than any step's, (count, 3, 32, 32)."""
@@ -144,7 +131,9 @@ def main() -> None:
     shown |= {"a cat's SVG": pictures[0], "its dog": pictures[1]}
     print(f"edit: called a {said[0]}, then a {said[1]}, {seconds:.0f} s", flush=True)
 
-    truth = power_spectrum(sampled(views, args.steps or 50)).mean(0)
+    lions = torch.full((views,), CLASSES.index("lion"))
+    samples, _ = sample(Path(PRIOR), lions, args.steps or 50, guidance=2.0)
+    truth = power_spectrum(samples).mean(0)
     for name in ("lmc", "sds"):
         out = OUT / f"scene-{name}"
         config = "--config=configs/image/demo-scene.yaml"

@@ -211,7 +211,7 @@ def test_drawings_and_scenes(tmp_path):
     for path in ("lmc", "configs", *(f"data/demo/{name}" for name in ("prior", "clip", "release"))):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).symlink_to(ROOT / path)
-    for name in ("renderers.py", "animals.py"):
+    for name in ("renderers.py", "animals.py", "check.py"):
         shutil.copy(DEMO / name, tmp_path / "data/demo")
     script(tmp_path, "data/demo/renderers.py", "--steps", "1")
     out = tmp_path / "runs/demo/renderers"
