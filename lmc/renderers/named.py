@@ -6,6 +6,7 @@ The classes are written as their names are on the command line.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +91,9 @@ class svg(Drawing, Optimised):
         start: see `Start`.
         paths: how many, where they are random.
         segments: of each of those.
-        points_lr: Adam's for the points, in pixels.
-        colours_lr: Adam's for colours and opacity, in [0, 1].
-        warm_up: the share of the run in which both rise to that; then they fall along a cosine.
         anew: steps between two looks for paths that have vanished, which start anew in the first
             half of the run; 0 is never. The default is 50, and 0 for a file's.
+        options: further ones of `Drawing`.
 
     Raises:
         OSError, ValueError: see `Drawing`, `SVG.read`; or the image to begin with is no SVG.
@@ -105,10 +104,8 @@ class svg(Drawing, Optimised):
         start: Start,
         paths: int = 64,
         segments: int = 4,
-        points_lr: float = 0.2,
-        colours_lr: float = 0.02,
-        warm_up: float = 0.1,
         anew: int | None = None,
+        **options: Any,
     ) -> None:
         if start.image is None:
             drawn = SVG.random(paths, start.size[0], start.generator, segments)
@@ -118,7 +115,7 @@ class svg(Drawing, Optimised):
             drawn = SVG.read(start.file, start.size)
         if anew is None:
             anew = 50 if start.image is None else 0
-        super().__init__(drawn, points_lr, colours_lr, warm_up, anew)
+        super().__init__(drawn, anew=anew, **options)
 
 
 class scene(OrbitedScene, Optimised):
