@@ -2,17 +2,18 @@
 
     python data/demo/renderers.py
 
-A lion of 32 paths from text by LMC-SDS, SDS and SDI; the SVG of a drawn cat made a dog's; a lion in
-3D by LMC-SDS and SDS. The demo's CLIP ranks them among the captions of all nine animals, a scene by
-50 views from cameras that no step has seen, whose power spectrum is beside that of 50 lions that
-the prior samples. Writes results.json, sheet.png and the turntables into runs/demo/renderers. What
-is there is not made again, and what was stopped goes on.
+A lion of 32 paths from text by LMC-SDS, SDS and SDI; the SVG of a drawn cat made a dog's by
+LMC-SDS and PDS; a lion in 3D by LMC-SDS and SDS. The demo's CLIP ranks them among the captions of
+all nine animals, a scene by 50 views from cameras that no step has seen, whose power spectrum is
+beside that of 50 lions that the prior samples. Writes results.json, sheet.png and, in the scenes'
+folders, turntables into runs/demo/renderers. What is there is not made again, and what was stopped
+goes on.
 """
 
 import argparse
 import json
 import os
-import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lmc.cli import main as run
 from lmc.files import write_json
-from lmc.measure.metrics import Clip, power_spectrum, spectrum_gained, spectrum_lost
+from lmc.measure.metrics import Clip, cosines, power_spectrum, spectrum_gained, spectrum_lost
 from lmc.one_image.job import read_image
 from lmc.renderers.cameras import Orbits
 from lmc.renderers.drawing import Drawing, vectorise
@@ -48,19 +49,6 @@ SIZE, VIEWS = 64, 50
 ORBITS = Orbits(azimuth=(-30, 30), elevation=(-10, 20))  # as configs/image/demo-scene.yaml
 
 
-def lmc(out: Path, *command: str) -> float:
-    """Run an `lmc` command that writes `out`, unless it has; the seconds that it took.
-
-    Of one that was stopped and went on, those since then.
-    """
-    seconds = out / "seconds.json"
-    if not seconds.exists():
-        start = time.monotonic()
-        run([*command, f"--out={out}"])
-        write_json(seconds, round(time.monotonic() - start))
-    return float(json.loads(seconds.read_text()))
-
-
 def cat_svg(file: Path, steps: int) -> None:
     """Fit 64 paths to a drawn cat by so many steps, and write them."""
     if file.exists():
@@ -82,10 +70,62 @@ class Judge:
 
     def __call__(self, images: Tensor) -> list[str]:
         """Which animal each of (B, 3, H, W) is nearest to."""
-        similar = torch.nn.functional.cosine_similarity(
-            self.clip.images(images)[:, None], self.texts[None], dim=-1
-        )
-        return [CLASSES[number] for number in similar.argmax(1)]
+        return [
+            CLASSES[number] for number in cosines(self.clip.images(images), self.texts).argmax(1)
+        ]
+
+
+@dataclass(frozen=True)
+class Show:
+    """Makes, judges and shows.
+
+    Attributes:
+        judge: says what a picture is of.
+        steps: of everything, and views, for a quick look; None is as the configurations have it.
+        pictures: by heading, so far, (3, H, W).
+    """
+
+    judge: Judge
+    steps: int | None
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+
+    def drawing(self, out: Path, heading: str, *command: str) -> dict[str, Any]:
+        """An SVG by `lmc`: the seconds, and what it is called."""
+        whole = [f"--settings.whole_steps={self.steps}"] if self.steps else []
+        seconds = self.lmc(out, *command, *whole)
+        image = self.pictures[heading] = read_image(out / "seed-0.png")
+        (said,) = self.judge(image[None])
+        print(f"{heading}: called a {said}, {seconds:.0f} s", flush=True)
+        return {"seconds": seconds, "said": said}
+
+    def scene(self, out: Path, heading: str, truth: Tensor, *command: str) -> dict[str, Any]:
+        """A scene by `lmc`: the seconds, how many of its views are lions, and their spectrum.
+
+        Args:
+            truth: the power spectrum of the prior's samples.
+        """
+        seconds = self.lmc(out, *command)
+        views = unseen(out / "seed-0", self.views)
+        self.pictures[heading] = views[0]
+        share = self.judge(views).count("lion") / self.views
+        spectrum = power_spectrum(views).mean(0)
+        lost, gained = (by(spectrum, truth).item() for by in (spectrum_lost, spectrum_gained))
+        words = f"power lost {lost:.2f}, gained {gained:.2f}, {seconds:.0f} s"
+        print(f"{heading}: {share:.0%} of {self.views} views called lions, {words}", flush=True)
+        return {"seconds": seconds, "lions": share, "power_lost": lost, "power_gained": gained}
+
+    @property
+    def views(self) -> int:
+        """How many of a scene are looked at."""
+        return min(self.steps or VIEWS, VIEWS)
+
+    def lmc(self, out: Path, *command: str) -> float:
+        """Run an `lmc` command that writes `out`, unless it has; the seconds that it took."""
+        results = out / "results.json"
+        if not results.exists():
+            steps = [f"--settings.steps={self.steps}"] if self.steps else []
+            run([*command, f"--out={out}", *steps])
+        return float(json.loads(results.read_text())["seconds"])
 
 
 @torch.no_grad()
@@ -100,61 +140,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, help="of everything, and views, for a quick look")
     args = parser.parse_args()
-    views = min(args.steps or VIEWS, VIEWS)
     os.chdir(ROOT)
-    steps = [f"--settings.steps={args.steps}"] if args.steps else []
-    judge = Judge()
-    results: dict[str, Any] = {"svg": {}, "scene": {}}
-    shown: dict[str, Tensor] = {}
+    show = Show(Judge(), args.steps)
+    text = ["synthesize", f"--prompt={LION}", "--config"]
+    drawings = {
+        name: show.drawing(
+            OUT / f"svg-{name}", f"{name}: lion", *text, "configs/image/demo-svg.yaml", *options
+        )
+        for name, options in LOSSES.items()
+    }
 
-    text = [f"--prompt={LION}", *steps]
-    for name, options in LOSSES.items():
-        out = OUT / f"svg-{name}"
-        config = "--config=configs/image/demo-svg.yaml"
-        whole = [f"--settings.whole_steps={args.steps}"] if args.steps else []
-        seconds = lmc(out, "synthesize", config, *text, *whole, *options)
-        image = read_image(out / "seed-0.png")
-        (said,) = judge(image[None])
-        results["svg"][name] = {"seconds": seconds, "said": said}
-        shown[f"{name}: 32 paths"] = image
-        print(f"{name}, 32 paths: called a {said}, {seconds:.0f} s", flush=True)
-
-    cat_svg(OUT / "cat.svg", args.steps or 300)
-    out = OUT / "dog"
-    edit = ["--renderer=svg", f"--image={OUT}/cat.svg", f"--size={SIZE}", "--loss=PDS"]
-    edit += ["--prior=lmc.priors.DiffusersPrior", f"--prior.pretrained={PRIOR}", *steps]
-    seconds = lmc(out, "edit", *edit, f"--source_prompt={CAT}", f"--prompt={DOG}")
+    file = OUT / "cat.svg"
+    cat_svg(file, args.steps or 300)
     with torch.no_grad():
-        pictures = [SVG.read(OUT / "cat.svg", SIZE)()[0], read_image(out / "seed-0.png")]
-    said = judge(torch.stack(pictures))
-    results["edit"] = {"seconds": seconds, "before": said[0], "after": said[1]}
-    shown |= {"a cat's SVG": pictures[0], "its dog": pictures[1]}
-    print(f"edit: called a {said[0]}, then a {said[1]}, {seconds:.0f} s", flush=True)
+        show.pictures["a cat"] = SVG.read(file, SIZE)()[0]
+    edit = ["edit", "--config=configs/image/demo-edit-svg.yaml"]
+    edit += [f"--image={file}", f"--prompt={DOG}"]
+    pds = ["--loss=PDS", f"--source_prompt={CAT}"]
+    edits = {
+        name: show.drawing(OUT / f"dog-{name}", f"{name}: its dog", *edit, *options)
+        for name, options in {"lmc": [], "pds": pds}.items()
+    }
 
-    lions = torch.full((views,), CLASSES.index("lion"))
+    lions = torch.full((show.views,), CLASSES.index("lion"))
     samples, _ = sample(Path(PRIOR), lions, args.steps or 50, guidance=2.0)
     truth = power_spectrum(samples).mean(0)
-    for name in ("lmc", "sds"):
-        out = OUT / f"scene-{name}"
-        config = "--config=configs/image/demo-scene.yaml"
-        seconds = lmc(out, "synthesize", config, *text, *LOSSES[name])
-        seen = unseen(out / "seed-0", views)
-        share = judge(seen).count("lion") / views
-        spectrum = power_spectrum(seen).mean(0)
-        lost, gained = (by(spectrum, truth).item() for by in (spectrum_lost, spectrum_gained))
-        results["scene"][name] = {
-            "seconds": seconds,
-            "lions": share,
-            "power_lost": lost,
-            "power_gained": gained,
-        }
-        words = f"{name}, 3D: {share:.0%} of {views} views called lions, power lost {lost:.2f}, "
-        print(f"{words}gained {gained:.2f}, {seconds:.0f} s", flush=True)
-    write_json(OUT / "results.json", results)
-    tiles = [picture_of(to_uint8(image)) for image in shown.values()]
+    text.append("configs/image/demo-scene.yaml")
+    scenes = {
+        name: show.scene(OUT / f"scene-{name}", f"{name}: 3D", truth, *text, *LOSSES[name])
+        for name in ("lmc", "sds")
+    }
+
+    write_json(OUT / "results.json", {"drawings": drawings, "edits": edits, "scenes": scenes})
+    tiles = [picture_of(to_uint8(image)) for image in show.pictures.values()]
     sheet = OUT / "sheet.png"
-    contact_sheet([*shown], [tiles]).save(sheet)
-    print(f"look at {sheet}, {OUT}/scene-lmc/seed-0.gif and {OUT}/scene-sds/seed-0.gif")
+    contact_sheet([*show.pictures], [tiles]).save(sheet)
+    print(f"look at {sheet} and {OUT}/scene-{{lmc,sds}}/seed-0.gif")
 
 
 if __name__ == "__main__":
