@@ -23,7 +23,7 @@ from torch import Tensor
 from lmc.cli import main as run
 from lmc.files import write_json
 from lmc.measure.metrics import Clip, cosines, power_spectrum, spectrum_gained, spectrum_lost
-from lmc.one_image.job import read_image
+from lmc.one_image.job import read_image, save_whole
 from lmc.renderers.cameras import Orbits
 from lmc.renderers.drawing import Drawing, vectorise
 from lmc.renderers.scene import Scene
@@ -141,16 +141,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of everything, and views, for a quick look")
     args = parser.parse_args()
     os.chdir(ROOT)
+    out = OUT if args.steps is None else OUT.with_name("renderers-quick")
     show = Show(Judge(), args.steps)
     text = ["synthesize", f"--prompt={LION}", "--config"]
     drawings = {
         name: show.drawing(
-            OUT / f"svg-{name}", f"{name}: lion", *text, "configs/image/demo-svg.yaml", *options
+            out / f"svg-{name}", f"{name}: lion", *text, "configs/image/demo-svg.yaml", *options
         )
         for name, options in LOSSES.items()
     }
 
-    file = OUT / "cat.svg"
+    file = out / "cat.svg"
     cat_svg(file, args.steps or 300)
     with torch.no_grad():
         show.pictures["a cat"] = SVG.read(file, SIZE)()[0]
@@ -158,7 +159,7 @@ def main() -> None:
     edit += [f"--image={file}", f"--prompt={DOG}"]
     pds = ["--loss=PDS", f"--source_prompt={CAT}"]
     edits = {
-        name: show.drawing(OUT / f"dog-{name}", f"{name}: its dog", *edit, *options)
+        name: show.drawing(out / f"dog-{name}", f"{name}: its dog", *edit, *options)
         for name, options in {"lmc": [], "pds": pds}.items()
     }
 
@@ -167,15 +168,15 @@ def main() -> None:
     truth = power_spectrum(samples).mean(0)
     text.append("configs/image/demo-scene.yaml")
     scenes = {
-        name: show.scene(OUT / f"scene-{name}", f"{name}: 3D", truth, *text, *LOSSES[name])
+        name: show.scene(out / f"scene-{name}", f"{name}: 3D", truth, *text, *LOSSES[name])
         for name in ("lmc", "sds")
     }
 
-    write_json(OUT / "results.json", {"drawings": drawings, "edits": edits, "scenes": scenes})
+    write_json(out / "results.json", {"drawings": drawings, "edits": edits, "scenes": scenes})
     tiles = [picture_of(to_uint8(image)) for image in show.pictures.values()]
-    sheet = OUT / "sheet.png"
-    contact_sheet([*show.pictures], [tiles]).save(sheet)
-    print(f"look at {sheet} and {OUT}/scene-{{lmc,sds}}/seed-0.gif")
+    sheet = out / "sheet.png"
+    save_whole(sheet, contact_sheet([*show.pictures], [tiles]).save, "png")
+    print(f"look at {sheet} and {out}/scene-{{lmc,sds}}/seed-0.gif")
 
 
 if __name__ == "__main__":

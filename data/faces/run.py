@@ -9,13 +9,15 @@ the page to look at. Every step goes on where it was stopped, and what is done i
 --size 64 is for a GPU, in runs/faces-64 (configs/*/faces-64.yaml over the others).
 
 FACES holds a folder of photographs each for bear, dog, lion, squirrel, tiger, fox and wolf; CATS is
-AFHQ's folder. Both may be photographs of your own: the heads in the middle, of one size.
+AFHQ's folder. Both may be photographs of your own: the heads in the middle, of one size, and no two
+files of one name.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from marks import CLASSES
@@ -42,6 +44,12 @@ def shards(photographs: Path, cats: Path, size: int, out: Path) -> None:
     of_cats = sorted(path for path in (cats, *cats.rglob("cat")) if path.name == "cat")
     if not of_cats:
         sys.exit(f"{cats} has no folder named cat: --cats is AFHQ's, as its archive has it")
+    # Then cats are held out by their names in both sets of shards, and are the same.
+    names = Counter(
+        file.name for folder in (*folders, *of_cats) for file in folder.rglob("*") if file.is_file()
+    )
+    if twice := [name for name, count in names.items() if count > 1 and not name.startswith(".")]:
+        sys.exit(f"{len(twice)} photographs have another's name, such as {twice[0]}: rename them")
     for side in (size, size + MARGIN[size]):
         call(
             *("data/openimages/prepare.py", *folders, *of_cats, "--folder_labels"),

@@ -19,8 +19,9 @@ class Kept:
 
     Args:
         file: it is read from, where there is one, and written to.
-        job: what is done; one with another prior, corrector or image does not go on.
+        job: what is done; one with another prior or corrector does not go on.
         image: what is begun with, or None.
+        device: it runs on that; the state of a GPU's generators is none of a CPU's.
 
     Attributes:
         images: of the runs that are done, float32 (B, 3, H, W) each.
@@ -29,15 +30,17 @@ class Kept:
         seconds: that were spent on all of it before.
 
     Raises:
-        ValueError: the file cannot be read, or is of another prior, corrector or image.
+        ValueError: the file cannot be read, or is of another prior, corrector, image or kind of
+            device.
     """
 
-    def __init__(self, file: Path, job: Job, image: Tensor | None) -> None:
+    def __init__(self, file: Path, job: Job, image: Tensor | None, device: str) -> None:
         self.file = file
         self.made_with = {
             "prior": json.dumps(dict(job.prior.identity), sort_keys=True, default=str),
             "corrector": corrector_digest(job.loss),
             "image": None if image is None else _digest(image),
+            "kind of device": torch.device(device).type,
         }
         self.images: list[Tensor] = []
         self.snapshots: list[dict[int, Tensor]] = []

@@ -195,7 +195,7 @@ class _Command:
             self.runs = [range(len(job.seeds))]
         run = self._run(0)  # what can be known before anything is loaded
         check_out(out, record)
-        self.kept = Kept(out / STATE, job, start.image)
+        self.kept = Kept(out / STATE, job, start.image, self.device)
         run.embed()
 
     def run(self) -> None:

@@ -214,7 +214,7 @@ def test_drawings_and_scenes(tmp_path):
     for name in ("renderers.py", "animals.py", "check.py"):
         shutil.copy(DEMO / name, tmp_path / "data/demo")
     script(tmp_path, "data/demo/renderers.py", "--steps", "1")
-    out = tmp_path / "runs/demo/renderers"
+    out = tmp_path / "runs/demo/renderers-quick"
     results = json.loads((out / "results.json").read_text())
     assert {*results["drawings"]} == {"lmc", "sds", "sdi"} and {*results["edits"]} == {"lmc", "pds"}
     empty = results["scenes"]["sds"]  # a step has put nothing there yet

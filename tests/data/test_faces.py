@@ -48,6 +48,19 @@ def test_the_judge_knows_photographs(judge):
         assert called.count(name) >= least * len(files), name
 
 
+def test_photographs_of_one_name_are_refused(tmp_path):
+    """They would be held out by name among the cats, and by their bytes among all: not the same."""
+    for folder in (*(f"heads/{name}" for name in CLASSES), "afhq/train/cat"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{folder[-3:]}.png").touch()
+    (tmp_path / "heads/lion/cat.png").touch()
+    command = [sys.executable, "data/faces/run.py", "--photographs", str(tmp_path / "heads")]
+    command += ["--cats", str(tmp_path / "afhq")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "1 photographs have another's name, such as cat.png: rename" in result.stderr
+
+
 @pytest.mark.slow
 def test_all_of_it_on_a_few_pictures(tmp_path):
     """In a copy of what it reads, since it works in the repository's folder."""

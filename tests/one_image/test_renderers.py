@@ -229,9 +229,10 @@ def test_a_state_that_cannot_be_gone_on_from_is_refused(synthesize, tmp_path, mo
             main([*synthesize, "--save_every=1"])
     state = tmp_path / "out" / "state.pt"
     kept = torch.load(state, weights_only=True)
-    kept["made_with"]["prior"] = "another"
-    torch.save(kept, state)
-    assert "was begun with another prior" in error(*synthesize, "--save_every=1")
+    for what, other in (("kind of device", "cuda"), ("prior", "another")):
+        made_with = {**kept["made_with"], what: other}
+        torch.save({**kept, "made_with": made_with}, state)
+        assert f"was begun with another {what}" in error(*synthesize, "--save_every=1")
     content = state.read_bytes()
     for damaged in (content[:1000], b"", b"text"):
         state.write_bytes(damaged)
