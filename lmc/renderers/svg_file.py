@@ -27,6 +27,7 @@ PLAIN = {
     "mix-blend-mode": "normal",
     "visibility": "visible",
     "preserveAspectRatio": "xMidYMid",
+    "transform-origin": "0 0",
 }
 ARITY = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7, "Z": 0}
 COMMAND = re.compile(r"[\s,]*([MLHVCSQTAZ])", re.IGNORECASE)
@@ -69,7 +70,7 @@ def read(file: Path) -> Drawing:
     fill, opacity and transforms, as attributes or in `style`. A first `rect` that is the viewBox,
     opaque, is the background; without one it is white. Of the size of the picture the viewBox alone
     counts. Titles, descriptions, metadata, what is in `defs` and elements that are not SVG's are
-    passed over.
+    passed over; a `<style>`, wherever it is, is refused.
 
     Raises:
         OSError: the file cannot be read.
@@ -150,13 +151,16 @@ class _Reader:
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         namespace, _, name = tag.rpartition(" ")
+        line = self.parser.CurrentLineNumber
+        if name == "style" and namespace in ("", NAMESPACE):  # it counts wherever it is
+            said = "<style> cannot be drawn; write it as attributes"
+            raise ValueError(f"{self.file}, line {line}: {said}")
         if self.skipped or namespace not in ("", NAMESPACE) or name in SKIPPED:
             self.skipped += 1
             return
         try:
             self.element(name, {**attributes, **_style(attributes.get("style", ""))})
         except ValueError as error:
-            line = self.parser.CurrentLineNumber
             raise ValueError(f"{self.file}, line {line}: <{name}> {error}") from error
 
     def end(self, _: str) -> None:

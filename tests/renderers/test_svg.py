@@ -332,6 +332,9 @@ REFUSED = {
     "<linearGradient/>": ("line 3: <linearGradient>", "cannot be drawn"),
     "<clipPath/>": ("line 3: <clipPath>", "cannot be drawn"),
     "<style>path {fill: red}</style>": ("line 3: <style>", "cannot be drawn"),
+    "<defs><style>.a {fill: red}</style></defs>": ("line 3: <style>", "write it as attributes"),
+    '<g transform="rotate(9)" transform-origin="5 5"/>': ("line 3: <g>", "transform-origin '5 5'"),
+    '<g style="transform-origin:center"/>': ("line 3: <g>", "transform-origin 'center'"),
     "<svg/>": ("line 3: <svg>", "cannot be drawn"),
     f'<g opacity=".5">{INSIDE}{INSIDE}</g>': ("line 3: the opacity of a group",),
     '<path d="M1 1L nan 4z"/>': ("line 3: <path>", "nan"),
@@ -393,7 +396,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_what_editors_add_is_passed_over(tmp_path):
     text = f"""<?xml version="1.0"?><!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://x/y.dtd">
         <svg xmlns="http://www.w3.org/2000/svg" xmlns:i="http://i" viewBox="0 0 9 9" i:v="1">
-        <i:view><path d="nonsense"/></i:view><metadata><path/></metadata><!-- <text/> -->
+        <i:view><path d="nonsense"/></i:view><i:style/><metadata><path/></metadata><!-- <text/> -->
         {INSIDE}</svg>"""
     assert svg_of(text, tmp_path, 9).sizes == [[3]]
 
