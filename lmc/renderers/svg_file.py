@@ -33,7 +33,7 @@ ARITY = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7,
 COMMAND = re.compile(r"[\s,]*([MLHVCSQTAZ])", re.IGNORECASE)
 NUMBER = re.compile(r"[\s,]*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 FLAG = re.compile(r"[\s,]*([01])")  # of an arc; nothing need follow it
-RGB = re.compile(r"rgb\(([^)]*)\)")
+RGB = re.compile(r"rgba?\(([^)]*)\)", re.IGNORECASE)
 
 SMOOTH = {"S": ("C", "S"), "T": ("Q", "T")}
 
@@ -382,7 +382,8 @@ def _colour(text: str) -> tuple[RGBValues, float]:
     """Red, green, blue, and opacity."""
     if found := RGB.fullmatch(text):
         parts = re.split(r"[\s,]+", found[1].strip())
-        values = [_number(part, "fill", 255.0) / 255 for part in parts]
+        values = [_number(part, "fill", 255.0) / 255 for part in parts[:3]]
+        values += [_share(part, "fill") for part in parts[3:]]
     else:
         try:
             values = [value / 255 for value in ImageColor.getrgb(text)]

@@ -108,6 +108,26 @@ def test_edges_are_averages_over_pixels(name, tmp_path):
     assert np.abs(ours - theirs).mean() < 0.5
 
 
+@pytest.mark.parametrize(
+    ("fill", "opacity"),
+    [
+        ("rgba(255,0,0,1)", 1),
+        ("rgba(255, 0, 0, 0.5)", 0.5),
+        ("rgba(100%, 0%, 0%, 25%)", 0.25),
+        ("RGBA(255,0,0,.5)", 0.5),
+        ("rgb(255 0 0 0.5)", 0.5),
+        ("rgba(255,0,0,7)", 1),
+        ("rgba(255,0,0)", 1),
+        ("rgb(255,0,0)", 1),
+        ("#ff000080", 128 / 255),
+    ],
+)
+def test_a_colour_s_opacity_is_a_share(fill, opacity, tmp_path):
+    svg = svg_of(f'{HEAD}<path fill="{fill}" d="M1 1h9v9z"/></svg>', tmp_path, 16)
+    assert svg.colours.tolist() == [[1, 0, 0]]
+    assert svg.opacity.item() == pytest.approx(opacity)
+
+
 def test_a_viewbox_of_another_shape_is_in_the_middle(tmp_path):
     text = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="10 20 60 30">'
@@ -323,6 +343,8 @@ REFUSED = {
     '<path fill="url(#a)" d="M1 1h9v9z"/>': ("line 3: <path>", "url(#a)"),
     '<path fill="colourful" d="M1 1h9v9z"/>': ("line 3: <path>", "colourful"),
     '<path fill="rgb(1,2)" d="M1 1h9v9z"/>': ("line 3: <path>", "three numbers"),
+    '<path fill="rgba(1,2,3,4,5)" d="M1 1h9v9z"/>': ("line 3: <path>", "three numbers"),
+    '<path fill="rgba(1,2,3,x)" d="M1 1h9v9z"/>': ("line 3: <path>", "'x', which is no number"),
     '<path fill-rule="evenodd" d="M1 1h9v9z"/>': ("line 3: <path>", "evenodd"),
     '<path style="filter:url(#f)" d="M1 1h9v9z"/>': ("line 3: <path>", "filter"),
     '<path clip-path="url(#f)" d="M1 1h9v9z"/>': ("line 3: <path>", "clip-path"),
