@@ -32,6 +32,8 @@ PLAIN = {
 ARITY = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7, "Z": 0}
 COMMAND = re.compile(r"[\s,]*([MLHVCSQTAZ])", re.IGNORECASE)
 NUMBER = re.compile(r"[\s,]*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
+# One of a list, or what is none; a sign or a point may begin it with nothing before.
+LISTED = re.compile(rf"{NUMBER.pattern}(?:px)?|[^\s,]+")
 FLAG = re.compile(r"[\s,]*([01])")  # of an arc; nothing need follow it
 RGB = re.compile(r"rgba?\(([^)]*)\)", re.IGNORECASE)
 
@@ -354,7 +356,7 @@ def _number(text: str, name: str, whole: float | None = None) -> float:
 
 
 def _numbers(text: str, name: str) -> list[float]:
-    return [_number(part, name) for part in re.split(r"[\s,]+", text.strip()) if part]
+    return [_number(found[0].lstrip(" ,"), name) for found in LISTED.finditer(text)]
 
 
 def _share(text: str, name: str) -> float:

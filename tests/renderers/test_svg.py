@@ -109,6 +109,25 @@ def test_edges_are_averages_over_pixels(name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (
+            '<polygon points="10-10 20,30 5.5.5 1 1"/>',
+            '<polygon points="10 -10 20 30 5.5 .5 1 1"/>',
+        ),
+        ('<polygon points="1e1-1e1+20+30,4px 5px"/>', '<polygon points="10 -10 20 30 4 5"/>'),
+        (
+            '<g transform="translate(10-20)scale(.5.25)"><path d="M1 1h9v9z"/></g>',
+            '<g transform="translate(10,-20) scale(0.5, 0.25)"><path d="M1 1h9v9z"/></g>',
+        ),
+    ],
+)
+def test_numbers_need_nothing_between_them(short, long, tmp_path):
+    first, same = (svg_of(f"{HEAD}{text}</svg>", tmp_path, 16) for text in (short, long))
+    assert torch.equal(first.points, same.points)
+
+
+@pytest.mark.parametrize(
     ("fill", "opacity"),
     [
         ("rgba(255,0,0,1)", 1),
@@ -372,6 +391,9 @@ REFUSED = {
     '<rect width="-1" height="3"/>': ("line 3: <rect>", "negative"),
     '<rect width="3mm" height="3"/>': ("line 3: <rect>", "'3mm'"),
     '<polygon points="1 2 3"/>': ("line 3: <polygon>", "pairs"),
+    '<polygon points="1 2 3 --4"/>': ("line 3: <polygon>", "points '--4', which is no number"),
+    '<polygon points="1 2 3 4e"/>': ("line 3: <polygon>", "points 'e', which is no number"),
+    '<polygon points="1 2 3, 1e999"/>': ("line 3: <polygon>", "points '1e999'"),
     '<path opacity="x" d="M1 1h9v9z"/>': ("line 3: <path>", "opacity 'x'"),
     '<g transform="rotate(1 2)"/>': ("line 3: <g>", "rotate of 2"),
     '<g transform="turn(1)"/>': ("line 3: <g>", "turn"),
