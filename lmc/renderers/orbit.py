@@ -30,7 +30,8 @@ class OrbitedScene(nn.Module):
             steps see it in diffuse light, and half so without colours.
         weights: of the regularisers, see `Scene.regularisers`; of two numbers it goes from the
             first to the second along a line, in the first half of the run.
-        finer: the share of the run after which the voxels become as fine as that, by share.
+        finer: resolutions by the share of the run after which the voxels become as fine as that;
+            ever finer.
 
     Raises:
         ValueError: an argument out of its range, or a camera inside the scene.
@@ -55,11 +56,15 @@ class OrbitedScene(nn.Module):
         self.weights: dict[str, float | tuple[float, float]] = {"sparsity": 1.0, **(weights or {})}
         for name in self.weights:
             require(name in REGULARISERS, "weights", f"of {', '.join(REGULARISERS)}", name)
-        for share in finer or {}:
-            require(0 <= share <= 1, "finer", "by shares of the run, 0 … 1", share)
+        self.finer, before = dict(sorted((finer or {}).items())), scene.resolution
+        for share, resolution in self.finer.items():
+            require(0 < share <= 1, "finer", "by shares of the run, above 0 and at most 1", share)
+            what = f"ever finer, above {before} after {share:g} of the run"
+            require(resolution > before, "finer", what, resolution)
+            before = resolution
         scene.check(orbits.distance[0])
         self.scene, self.orbits, self.size, self.views = scene, orbits, size, views
-        self.lr, self.ambient, self.finer = lr, ambient, dict(finer or {})
+        self.lr, self.ambient = lr, ambient
 
     def forward(self) -> Tensor:
         """The scene from the front, (1, 3, size, size) in [-1, 1]."""
@@ -87,7 +92,7 @@ class OrbitedScene(nn.Module):
     def after(self, step: int, steps: int, generator: torch.Generator) -> None:
         """Make the voxels finer where it is time."""
         for share, resolution in self.finer.items():
-            if step + 1 == round(share * steps):
+            if step + 1 == max(1, round(share * steps)):
                 self.scene.upsample(resolution)
 
     def save(self, folder: Path, stems: Sequence[str]) -> None:

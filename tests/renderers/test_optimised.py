@@ -39,6 +39,23 @@ def test_a_scene_is_optimised_from_everywhere_and_becomes_finer():
     assert torch.equal(image, optimize(again, prior_of_views(), SDS(4), ["cat"], [0], BRIEF))
 
 
+@pytest.mark.parametrize(
+    ("finer", "found"),
+    [
+        ({0.01: 11}, [11, 11, 11]),
+        ({0.5: 15, 0.01: 11}, [11, 15, 15, 15]),
+        ({0.2: 15, 0.1: 11}, [15, 15]),
+        ({1.0: 9}, [8, 8, 9]),
+    ],
+)
+def test_voxels_become_finer_in_a_short_run_too(finer, found):
+    scene, seen = orbited(finer=finer), []
+    for step in range(len(found)):
+        scene.after(step, len(found), torch.Generator())
+        seen.append(scene.scene.resolution)
+    assert seen == found
+
+
 def test_a_scene_s_regularisers_count():
     """Sparsity alone, weighed heavily, thins it out."""
     thin, free = orbited(weights={"sparsity": 1e5}), orbited(weights={"sparsity": 0.0})
@@ -65,7 +82,11 @@ def test_a_drawing_has_rates_of_its_own_and_starts_vanished_paths_anew():
         ({"views": 0}, "views must be at least 1"),
         ({"ambient": 2.0}, "ambient must be a share"),
         ({"weights": {"beauty": 1.0}}, "weights must be of sparsity, opacity, orientation"),
-        ({"finer": {3.0: 20}}, "finer must be by shares"),
+        ({"finer": {3.0: 20}}, "finer must be by shares of the run, above 0 .*, got 3"),
+        ({"finer": {0: 20}}, "finer must be by shares of the run, above 0 .*, got 0"),
+        ({"finer": {0.5: 8}}, "finer must be ever finer, above 8 after 0.5 of the run, got 8"),
+        ({"finer": {0.5: 20, 0.9: 10}}, "finer must be ever finer, above 20 .*, got 10"),
+        ({"finer": {0.9: 20, 0.5: 30}}, "finer must be ever finer, above 30 .*, got 20"),
     ],
 )
 def test_a_scene_s_settings_are_checked(options, said):
