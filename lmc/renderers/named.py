@@ -121,6 +121,8 @@ class svg(Drawing, Optimised):
 class scene(OrbitedScene, Optimised):
     """A 3D scene of voxels, seen from random cameras; the defaults are DreamFusion's.
 
+    Its views are no larger than the prior's images, to which they would be resized.
+
     Args:
         start: see `Start`.
         resolution: voxels' vertices along a side at first.
@@ -174,7 +176,7 @@ class scene(OrbitedScene, Optimised):
         super().__init__(
             Scene(resolution, radius, samples, blob, blob_radius),
             Orbits(distance, field_of_view, elevation, azimuth, random_background),
-            start.size[0],
+            min(start.size[0], start.prior.image_size),
             views,
             lr,
             ambient,

@@ -140,6 +140,13 @@ def test_a_scene_is_written_as_voxels_mesh_and_turntable(synthesize, tmp_path):
     assert read(out / "seed-3.png").shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize(("size", "side"), [(512, 16), (8, 8)])
+def test_a_scene_s_views_are_no_larger_than_the_prior_s_images(size, side):
+    scene = named.scene(Start(small_prior(16), [0], (size, size)), resolution=6, samples=8)
+    assert scene().shape == (1, 3, side, side)
+    assert scene.see(0, 6, torch.Generator()).image.shape == (1, 3, side, side)
+
+
 def test_a_class_of_the_user_s_is_a_renderer(synthesize, tmp_path):
     main([*synthesize, "--renderer=test_renderers.Field", "--renderer.level=0.9", "--seeds=1,2"])
     settings = (tmp_path / "out" / "settings.yaml").read_text()
