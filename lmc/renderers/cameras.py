@@ -150,7 +150,7 @@ class Orbits:
         low, high = self.azimuth
         turn, middle = torch.arange(count) / count, (low + high) / 2
         swing = middle + (high - low) / 2 * (2 * math.pi * turn).sin()
-        azimuth = middle + 360 * turn if high - low >= 360 else swing
+        azimuth = 360 * turn if high - low >= 360 else swing  # a whole circle has a front
         means = [sum(each) / 2 for each in (self.distance, self.field_of_view)]
         distance, field_of_view = (torch.full((count,), mean) for mean in means)
         return Cameras(distance, torch.full((count,), float(elevation)), azimuth, field_of_view)

@@ -68,7 +68,13 @@ class OrbitedScene(nn.Module):
 
     def forward(self) -> Tensor:
         """The scene from the front, (1, 3, size, size) in [-1, 1]."""
-        return self.scene(self.orbits.turntable(1), self.size)
+        return self.scene(self.orbits.turntable(1, self._elevation), self.size)
+
+    @property
+    def _elevation(self) -> float:
+        """That it is shown from: a little above, where cameras are drawn there."""
+        low, high = self.orbits.elevation
+        return min(max(15.0, low), high)
 
     def see(self, step: int, steps: int, generator: torch.Generator) -> Seen:
         """See `ViewRenderer`."""
@@ -104,9 +110,8 @@ class OrbitedScene(nn.Module):
         self.scene.save(folder / stem)
         most = float(F.softplus(self.scene.density.detach()).max())
         self.scene.export_ply(folder / f"{stem}.ply", min(SURFACE, most / 2))
-        elevation = min(max(15.0, self.orbits.elevation[0]), self.orbits.elevation[1])
         gif = folder / f"{stem}.gif"
-        self.scene.turntable_gif(gif, size=self.size, orbits=self.orbits, elevation=elevation)
+        self.scene.turntable_gif(gif, size=self.size, orbits=self.orbits, elevation=self._elevation)
 
 
 def _between(weight: float | tuple[float, float], share: float) -> float:

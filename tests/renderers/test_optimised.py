@@ -23,9 +23,9 @@ def prior_of_views() -> GaussianPrior:
     return prior
 
 
-def orbited(**options) -> OrbitedScene:
+def orbited(orbits: Orbits | None = None, **options) -> OrbitedScene:
     torch.manual_seed(0)
-    return OrbitedScene(Scene(8, samples=8), Orbits(), size=16, **options)
+    return OrbitedScene(Scene(8, samples=8), orbits or Orbits(), size=16, **options)
 
 
 def test_a_scene_is_optimised_from_everywhere_and_becomes_finer():
@@ -54,6 +54,18 @@ def test_voxels_become_finer_in_a_short_run_too(finer, found):
         scene.after(step, len(found), torch.Generator())
         seen.append(scene.scene.resolution)
     assert seen == found
+
+
+@pytest.mark.parametrize(("drawn", "shown"), [((-10, 90), 15), ((40, 60), 40), ((-60, -20), -20)])
+def test_a_scene_is_shown_from_where_cameras_are_drawn(drawn, shown, tmp_path, monkeypatch):
+    scene = orbited(Orbits(elevation=drawn))
+    with torch.no_grad():  # another one from each elevation
+        scene.scene.colour.normal_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(scene(), scene.scene(scene.orbits.turntable(1, shown), 16))
+    written = {}
+    monkeypatch.setattr(Scene, "turntable_gif", lambda *_, **options: written.update(options))
+    scene.save(tmp_path, ["it"])
+    assert written["elevation"] == shown
 
 
 def test_a_scene_s_regularisers_count():

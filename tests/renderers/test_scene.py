@@ -273,6 +273,8 @@ def test_the_turntable_goes_around_once_or_to_and_fro():
     full = Orbits().turntable(8, 20)
     assert full.azimuth.tolist() == [0, 45, 90, 135, 180, 225, 270, 315]
     assert full.elevation.tolist() == [20] * 8 and full.distance.tolist() == [1.75] * 8
+    for azimuth in ((0, 360), (-360, 0), (-90, 300)):
+        assert Orbits(azimuth=azimuth).turntable(8).azimuth.tolist() == full.azimuth.tolist()
     part = Orbits(azimuth=(-30, 30)).turntable(4)
     assert part.azimuth.tolist() == pytest.approx([0, 30, 0, -30], abs=1e-4)
 
