@@ -52,6 +52,7 @@ class OrbitedScene(nn.Module):
     ) -> None:
         super().__init__()
         require(views >= 1, "views", "at least 1", views)
+        require(lr > 0, "lr", "above 0", lr)
         require(0 <= ambient <= 1, "ambient", "a share of the run, 0 … 1", ambient)
         self.weights: dict[str, float | tuple[float, float]] = {"sparsity": 1.0, **(weights or {})}
         for name in self.weights:

@@ -92,6 +92,8 @@ def test_a_drawing_has_rates_of_its_own_and_starts_vanished_paths_anew():
     ("options", "said"),
     [
         ({"views": 0}, "views must be at least 1"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"lr": float("nan")}, "lr must be above 0, got nan"),
         ({"ambient": 2.0}, "ambient must be a share"),
         ({"weights": {"beauty": 1.0}}, "weights must be of sparsity, opacity, orientation"),
         ({"finer": {3.0: 20}}, "finer must be by shares of the run, above 0 .*, got 3"),
