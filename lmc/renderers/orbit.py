@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lmc.errors import require
 from lmc.renderers.cameras import SUFFIXES, Orbits
 from lmc.renderers.protocol import Seen
-from lmc.renderers.scene import Scene, Shading
+from lmc.renderers.scene import Scene, Shading, vertices
 
 SURFACE = 10.0  # the density of it in a mesh
 REGULARISERS = ("sparsity", "opacity", "orientation")
@@ -105,14 +105,17 @@ class OrbitedScene(nn.Module):
     def save(self, folder: Path, stems: Sequence[str]) -> None:
         """Write STEM/, see `Scene.save`, the surface as STEM.ply, and STEM.gif, a turntable.
 
-        The surface is where the density is `SURFACE`, or half its most where that is less.
+        The surface is where the density is `SURFACE`, or half its most in the ball where that is
+        less; where there is nothing, no STEM.ply is written.
         """
-        stem = stems[0]
-        self.scene.save(folder / stem)
-        most = float(F.softplus(self.scene.density.detach()).max())
-        self.scene.export_ply(folder / f"{stem}.ply", min(SURFACE, most / 2))
+        stem, scene = stems[0], self.scene
+        scene.save(folder / stem)
+        inside = vertices(scene.resolution, scene.radius).norm(dim=-1) <= scene.radius
+        most = float((F.softplus(scene.density.detach()[0, 0]).cpu() * inside).max())
+        if most > 0:
+            scene.export_ply(folder / f"{stem}.ply", min(SURFACE, most / 2))
         gif = folder / f"{stem}.gif"
-        self.scene.turntable_gif(gif, size=self.size, orbits=self.orbits, elevation=self._elevation)
+        scene.turntable_gif(gif, size=self.size, orbits=self.orbits, elevation=self._elevation)
 
 
 def _between(weight: float | tuple[float, float], share: float) -> float:

@@ -8,7 +8,7 @@ from lmc.optimize import Synthesis, optimize
 from lmc.renderers.cameras import SUFFIXES, Orbits
 from lmc.renderers.drawing import Drawing
 from lmc.renderers.orbit import OrbitedScene
-from lmc.renderers.scene import Scene
+from lmc.renderers.scene import Scene, vertices
 from lmc.renderers.svg import SVG
 
 from gaussian import GaussianPrior, small_prior
@@ -66,6 +66,20 @@ def test_a_scene_is_shown_from_where_cameras_are_drawn(drawn, shown, tmp_path, m
     monkeypatch.setattr(Scene, "turntable_gif", lambda *_, **options: written.update(options))
     scene.save(tmp_path, ["it"])
     assert written["elevation"] == shown
+
+
+@pytest.mark.parametrize(("inside", "meshed"), [(-2.0, True), (-1e3, False)])
+def test_a_scene_is_saved_whatever_is_outside_its_ball(inside, meshed, tmp_path):
+    """What is there is thin, or nothing at all; the corners of the cube are dense."""
+    scene = orbited()
+    far = vertices(8, 1.0).norm(dim=-1)
+    with torch.no_grad():
+        scene.scene.density.copy_(torch.where(far <= 0.5, inside, -1e3))
+        scene.scene.density[..., far > 1] = 50.0
+    scene.save(tmp_path, ["it"])
+    assert (tmp_path / "it.ply").exists() == meshed
+    assert (tmp_path / "it.gif").exists()
+    assert torch.equal(Scene.load(tmp_path / "it").density, scene.scene.density)
 
 
 def test_a_scene_s_regularisers_count():
