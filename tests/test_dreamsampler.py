@@ -556,6 +556,25 @@ def test_restore_svg(tiny_prior_folder, files, tmp_path, capsys, operator, monke
     assert (out / "result-3.svg").read_bytes() != (out / "result-5.svg").read_bytes()
 
 
+def test_what_is_random_in_restore_svg_has_streams_of_its_own(
+    tiny_prior_folder, files, tmp_path, monkeypatch
+):
+    """The first blobs, those that start anew, and the noise."""
+    seeds, blobs = [], SVG.random
+
+    def noted(paths, size, generator, segments):
+        seeds.append(generator.initial_seed())
+        return blobs(paths, size, generator, segments)
+
+    def not_fitted(drawing, image, steps, generator, track):
+        seeds.append(generator.initial_seed())
+
+    monkeypatch.setattr(SVG, "random", noted)
+    monkeypatch.setattr("lmc.one_image.dreamsampling.vectorise", not_fitted)
+    main(restore(tiny_prior_folder, files["photo"], tmp_path / "out", "blur", "--seeds=3"))
+    assert len({*seeds, 3}) == 3 and len(seeds) == 2
+
+
 def test_restore_svg_of_a_measurement_of_ones_own(tiny_prior_folder, files, tmp_path, capsys):
     """Nothing to compare with; and ζ does not matter."""
     out, own = tmp_path / "out", ("--measured", "--sampler.step_size=9")

@@ -39,6 +39,8 @@ from lmc.shards.images import middle_square
 MEASUREMENT_SEED = 2**40  # far from the seeds people give: a measurement's noise is its own
 # Of the inverse problems of pixels, unless told otherwise.
 PIXELS, PIXELS_GAMMA = DreamSampler(steps=50, eta=1.0, step_size=0.1, inner_steps=3), 0.9
+# Of a seed's own stream, which DreamSampler's noise is drawn from: blobs at first, and anew.
+BLOBS, ANEW_BLOBS = 2**41, 2**42
 ANEW = 5  # times of the grid between two looks for paths that have vanished
 
 
@@ -426,7 +428,7 @@ class RestoreSVG(InverseProblem):
 
     def drawing(self, seed: int) -> Drawing:
         """Random paths over the measurement's mean colour."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed ^ BLOBS)
         svg = SVG.random(self.paths, self.prior.image_size, generator, self.segments)
         svg.background.data = (self.y[0].mean((1, 2)).clamp(-1, 1) + 1) / 2
         svg.background.requires_grad_()
@@ -434,7 +436,8 @@ class RestoreSVG(InverseProblem):
 
     def vectorise(self, drawings: Sequence[Drawing], images: Tensor, steps: int) -> Tensor:
         """Fit a drawing a seed to its image (seeds, 3, S, S); the rasters, likewise."""
-        for drawing, image, generator in zip(drawings, images, self.generators(), strict=True):
+        for seed, drawing, image in zip(self.each_seed, drawings, images, strict=True):
+            generator = torch.Generator().manual_seed(seed ^ ANEW_BLOBS)
             drawing.to(self.device)
             vectorise(drawing, image[None], steps, generator, tracker("vectorising"))
         with torch.no_grad():
