@@ -559,20 +559,19 @@ def test_restore_svg(tiny_prior_folder, files, tmp_path, capsys, operator, monke
 def test_what_is_random_in_restore_svg_has_streams_of_its_own(
     tiny_prior_folder, files, tmp_path, monkeypatch
 ):
-    """The first blobs, those that start anew, and the noise."""
-    seeds, blobs = [], SVG.random
+    """The first blobs, those that start anew, the measurement's noise and the sampler's."""
+    drawn: list[float] = []
 
-    def noted(paths, size, generator, segments):
-        seeds.append(generator.initial_seed())
-        return blobs(paths, size, generator, segments)
+    class Noted(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            super().manual_seed(seed)
+            drawn.append(torch.rand((), generator=self).item())
+            return super().manual_seed(seed)
 
-    def not_fitted(drawing, image, steps, generator, track):
-        seeds.append(generator.initial_seed())
-
-    monkeypatch.setattr(SVG, "random", noted)
-    monkeypatch.setattr("lmc.one_image.dreamsampling.vectorise", not_fitted)
-    main(restore(tiny_prior_folder, files["photo"], tmp_path / "out", "blur", "--seeds=3"))
-    assert len({*seeds, 3}) == 3 and len(seeds) == 2
+    monkeypatch.setattr("lmc.one_image.dreamsampling.torch.Generator", Noted)
+    args = restore(tiny_prior_folder, files["photo"], tmp_path / "out", "blur", "--noise=0.1")
+    main([*args, "--seeds=0"])
+    assert len({*drawn}) == 4
 
 
 def test_restore_svg_of_a_measurement_of_ones_own(tiny_prior_folder, files, tmp_path, capsys):
