@@ -131,7 +131,8 @@ class DreamSampler:
         """
         check_prior(prior)
         grouped = renderer if isinstance(renderer, GroupedRenderer) else None
-        descent = _descent(renderer, self.step_size, self.steps)
+        adam = ScheduledAdam(partial(grouped.groups, steps=self.steps)) if grouped else None
+        down = adam.down if adam else _descent(renderer, self.step_size)
         eps_hat, above = eps, None
         for step, time in enumerate(track(self.times)):
             with torch.no_grad():
@@ -157,14 +158,14 @@ class DreamSampler:
                     objective = (_latent(prior, renderer, image) - z_hat).square().sum() / 2
                     if penalty and image is not None:
                         objective = objective + penalty(image).sum()
-                descent(objective, step)
+                down(objective, step)
             if not all(p.isfinite().all() for p in renderer.parameters()):
                 raise ValueError(
                     f"the parameters are not finite any more at t = {time:.3f}: lower step_size, "
                     "the penalty's weight or guidance_scale"
                 )
-            if grouped:
-                grouped.after(step, self.steps, generators[0])
+            if grouped and adam:
+                adam.forget(grouped.after(step, self.steps, generators[0]))
 
     @torch.no_grad()
     def invert(self, prior: Prior, z: Tensor, base: Embedding, track: Track = iter) -> Tensor:
@@ -357,10 +358,8 @@ def mix_noise(eps_hat: Tensor, eps: Tensor, sigma_t: Tensor, deviation: Tensor) 
     return (kept * eps_hat + deviation * eps) / sigma_t
 
 
-def _descent(renderer: nn.Module, step_size: float, steps: int) -> Callable[[Tensor, int], None]:
-    """How a renderer goes down an objective at a step: by ζ, or by Adam at its own rates."""
-    if isinstance(renderer, GroupedRenderer):
-        return ScheduledAdam(partial(renderer.groups, steps=steps)).down
+def _descent(renderer: nn.Module, step_size: float) -> Callable[[Tensor, int], None]:
+    """How a renderer goes down an objective by ζ, at any step."""
     sgd = torch.optim.SGD([p for p in renderer.parameters() if p.requires_grad], lr=step_size)
 
     def down(objective: Tensor, step: int) -> None:

@@ -342,7 +342,7 @@ class Optimization:
             objective = objective + seen.penalty
         self._adam.down(objective, step)
         if isinstance(renderer, GroupedRenderer):
-            renderer.after(step, settings.steps, hosts[0])
+            self._adam.forget(renderer.after(step, settings.steps, hosts[0]))
 
 
 def check_task(

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from lmc.measure.metrics import rmse
 from lmc.one_image.job import read_image
 from lmc.priors import DiffusersPrior
 from lmc.priors.prompts import TextPrompts
+from lmc.renderers.adam import ScheduledAdam
 from lmc.renderers.drawing import Drawing, vectorise
 from lmc.renderers.svg import SVG
 from lmc.schedule import FlowSchedule, Schedule
@@ -383,6 +385,23 @@ def test_a_renderer_whose_parameters_become_others_goes_on_with_them():
     DreamSampler(4, 0.6)(prior, Growing(), null, null, generators(1))
     assert [each.shape[-1] for each in seen] == [2, 2, 4, 4]
     assert (seen[3] - seen[2]).abs().max() > 0.01
+
+
+def test_a_path_that_starts_anew_has_no_past():
+    """Of a gradient that ended, Adam moves the others on, and not the new one."""
+    drawing = Drawing(SVG.random(3, 16, torch.Generator().manual_seed(0)), anew=10)
+    svg, adam = drawing.svg, ScheduledAdam(partial(drawing.groups, steps=100))
+    for step in range(10):
+        adam.down((svg.points * draw(*svg.points.shape).sign()).sum() + svg.opacity.sum(), step)
+    with torch.no_grad():
+        svg.opacity[1] = 0.01
+    begun = drawing.after(9, 100, torch.Generator())
+    adam.forget(begun)
+    new = svg.points.detach().clone()
+    assert 1 in begun[svg.colours] and svg.opacity[1] >= 0.7
+    adam.down(0 * (svg.points.sum() + svg.opacity.sum() + svg.colours.sum()), 10)
+    moved = [not torch.equal(a, b) for a, b in zip(new.split(4), svg.points.split(4), strict=True)]
+    assert moved == [path not in begun[svg.colours] for path in range(3)] and any(moved)
 
 
 def drawn(*corners: tuple[float, float], size: int = 16) -> SVG:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmc.renderers.protocol import Begun
+
 Groups = Callable[[int], list[dict[str, Any]]]
 
 
@@ -33,6 +35,14 @@ class ScheduledAdam:
         self._adam.zero_grad()
         objective.backward()
         self._adam.step()
+
+    def forget(self, begun: Begun | None) -> None:
+        """Have no past of rows of parameters that are something else now."""
+        for parameter, rows in (begun or {}).items():
+            state = self._adam.state.get(parameter, {}) if self._adam else {}
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name][rows] = 0
 
     def state_dict(self, step: int) -> dict[str, Any] | None:
         """Adam's own before `step`; None where it begins anew there."""

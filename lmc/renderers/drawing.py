@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmc.errors import require
 from lmc.renderers.adam import ScheduledAdam
+from lmc.renderers.protocol import Begun
 from lmc.renderers.svg import SVG, learning_rate
 
 
@@ -53,10 +54,11 @@ class Drawing(nn.Module):
         share = learning_rate(step, steps, round(self.warm_up * steps))
         return self.svg.parameter_groups(self.points_lr * share, self.colours_lr * share)
 
-    def after(self, step: int, steps: int, generator: torch.Generator) -> None:
-        """Start paths anew that are hardly seen, or hardly there."""
-        if self.anew and (step + 1) % self.anew == 0 and step + 1 <= steps / 2:
-            self.svg.reinitialise(generator, min_opacity=0.05, min_area=2.0)
+    def after(self, step: int, steps: int, generator: torch.Generator) -> Begun | None:
+        """Start paths anew that are hardly seen, or hardly there; see `GroupedRenderer`."""
+        if not self.anew or (step + 1) % self.anew or step + 1 > steps / 2:
+            return None
+        return self.svg.reinitialise(generator, min_opacity=0.05, min_area=2.0)
 
     def save(self, folder: Path, stems: Sequence[str]) -> None:
         """Write STEM.svg."""
@@ -82,4 +84,4 @@ def vectorise(
     adam = ScheduledAdam(partial(drawing.groups, steps=steps))
     for step in track(range(steps)):
         adam.down((drawing() - image).square().mean(), step)
-        drawing.after(step, steps, generator)
+        adam.forget(drawing.after(step, steps, generator))

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+Begun = Mapping[nn.Parameter, Sequence[int]]  # rows, along the first dimension
+
 
 class Renderer(Protocol):
     """What is optimised: a torch module that renders images from its parameters."""
@@ -82,8 +84,12 @@ class GroupedRenderer(Protocol):
         """
         ...
 
-    def after(self, step: int, steps: int, generator: torch.Generator) -> None:
-        """Change after a step of several; `generator` is the first seed's, on the CPU."""
+    def after(self, step: int, steps: int, generator: torch.Generator) -> Begun | None:
+        """Change after a step of several; `generator` is the first seed's, on the CPU.
+
+        Returns:
+            Which rows of parameters are something else now, whose past Adam forgets.
+        """
         ...
 
 

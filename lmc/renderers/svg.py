@@ -184,7 +184,9 @@ class SVG(nn.Module):
         )
 
     @torch.no_grad()
-    def reinitialise(self, generator: torch.Generator, min_opacity: float, min_area: float) -> int:
+    def reinitialise(
+        self, generator: torch.Generator, min_opacity: float, min_area: float
+    ) -> dict[nn.Parameter, list[int]]:
         """Start paths that vanished anew, as blobs with as many segments, in their places in order.
 
         Args:
@@ -193,7 +195,7 @@ class SVG(nn.Module):
             min_area: likewise, in pixels within the raster.
 
         Returns:
-            How many there were.
+            The rows of `points`, `colours` and `opacity` that they have.
         """
         vanished = (self.opacity < min_opacity) | (self.areas() < min_area)
         numbers = vanished.nonzero().flatten().tolist()
@@ -204,7 +206,8 @@ class SVG(nn.Module):
             blob, colour, alpha = _blob(self.sizes[i], self.viewbox, generator)
             self.points[starts[i] : starts[i + 1]] = torch.cat(blob).to(self.points)
             self.colours[i], self.opacity[i] = colour.to(self.colours), alpha.to(self.opacity)
-        return len(numbers)
+        rows = [row for i in numbers for row in range(starts[i], starts[i + 1])]
+        return {self.points: rows, self.colours: numbers, self.opacity: numbers}
 
     @torch.no_grad()
     def _put_back(self) -> None:

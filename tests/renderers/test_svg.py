@@ -338,12 +338,14 @@ def test_paths_that_vanished_start_anew():
         svg.points[8:12] = 30  # without area
         svg.points[12:16] -= 500  # unseen
     before = svg.points.clone()
-    assert svg.reinitialise(torch.Generator().manual_seed(1), 0.05, 3.0) == 3
+    begun = svg.reinitialise(torch.Generator().manual_seed(1), 0.05, 3.0)
+    assert len(begun[svg.colours]) == len(begun[svg.opacity]) == 3
     same = [torch.equal(a, b) for a, b in zip(before.split(4), svg.points.split(4), strict=True)]
     assert same == [True, False, False, False, True, True]
     assert svg.opacity.min() >= 0.7 and (svg.areas() > 0.3).all()
     hole = one(circle(16, 16, 9), circle(16, 16, 4, False)[:3], opacity=0.0)
-    assert hole.reinitialise(torch.Generator(), 0.05, 3.0) == 1 and hole.points.shape == (7, 3, 2)
+    begun = hole.reinitialise(torch.Generator(), 0.05, 3.0)
+    assert [*begun.values()] == [[*range(7)], [0], [0]] and hole.points.shape == (7, 3, 2)
 
 
 def test_a_loss_moves_all_of_it():
