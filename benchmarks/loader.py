@@ -4,9 +4,10 @@
 
 All loaders are open at once and take turns of --seconds, --rounds times, so that whatever else the
 machine does meets all of them; the median of the rounds counts. While one is timed the others hold
-their full queues and wait. 'Bare' decodes the same pictures from memory in a loop on one core; a
-loader's share is of that times the cores it has, one for each worker. Prints a table, then JSON (or
-writes it to --json).
+their full queues and wait. 'Bare' decodes the same pictures from memory in a loop, in so many
+processes at once, one a core; a loader's share is of that in as many processes as it has workers.
+(Not of one process times the cores: two cores may be two threads of one.) Prints a table, then JSON
+(or writes it to --json).
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from itertools import cycle
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,52 +40,72 @@ def turn(batches: Iterator[ImageBatch], workers: int, seconds: float) -> float:
     return images / (time.perf_counter() - start)
 
 
-def bare(encoded: Iterator[bytes], seconds: float) -> float:
-    """Images a second that are decoded, and no more, over at least `seconds`."""
-    images, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        decode_pixels(next(encoded))
-        images += 1
-    return images / (time.perf_counter() - start)
+class Bare:
+    """Decodes pictures and does no more, in some processes at once."""
+
+    def __init__(self, pictures: Sequence[bytes], processes: int) -> None:
+        self.processes = processes
+        # Not forked: the loaders have threads by then.
+        self.pool = get_context("spawn").Pool(processes, self._begin, (pictures,))
+        self.turn(0.1)
+
+    @staticmethod
+    def _begin(pictures: Sequence[bytes]) -> None:
+        global encoded
+        encoded = cycle(pictures)
+
+    @staticmethod
+    def _alone(seconds: float) -> float:
+        images, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            decode_pixels(next(encoded))
+            images += 1
+        return images / (time.perf_counter() - start)
+
+    def turn(self, seconds: float) -> float:
+        """Images a second of all processes together, over at least `seconds`."""
+        return sum(self.pool.map(self._alone, [seconds] * self.processes, chunksize=1))
 
 
-def encoded_pictures(stream: ImageStream) -> Iterator[bytes]:
-    """The first `BARE` pictures as they are in the shards, over and over."""
+def encoded_pictures(stream: ImageStream) -> list[bytes]:
+    """The first `BARE` pictures as they are in the shards."""
     samples = stream.samples(stream.urls, BARE)
-    return cycle([next(s[suffix] for suffix in SUFFIXES if suffix in s) for s in samples])
+    return [next(s[suffix] for suffix in SUFFIXES if suffix in s) for s in samples]
 
 
 def measure(
     shards: str, size: int, batch: int, workers: Sequence[int], seconds: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """A row for bare decoding and each number of workers: the rounds' images a second.
+    """A row for bare decoding in so many processes and for each number of workers.
 
-    And their median, and the median over rounds of what it is of bare decoding on as many cores.
+    The rounds' images a second, their median, and the median over rounds of the share of `Bare`.
     """
     pictures = encoded_pictures(ImageStream(shards, size, batch, training=False))
+    cores = {count: min(max(count, 1), os.cpu_count() or 1) for count in workers}
+    bare = {count: Bare(pictures, count) for count in sorted(set(cores.values()))}
     loaders = {}
     for count in workers:
         stream = ImageStream(shards, size, batch, training=True)
         loaders[count] = iter(DataLoader(stream, batch_size=None, num_workers=count))
-    rates: dict[int | str, list[float]] = {"bare": [], **{count: [] for count in workers}}
+    alone: dict[int, list[float]] = {count: [] for count in bare}
+    rates: dict[int, list[float]] = {count: [] for count in workers}
     for _ in range(rounds):
-        rates["bare"].append(bare(pictures, seconds))
+        for count, each in bare.items():
+            alone[count].append(each.turn(seconds))
         for count, batches in loaders.items():
             rates[count].append(turn(batches, count, seconds))
 
-    def share(count: int | str, some: Sequence[float]) -> float:
-        cores = min(max(int(count), 1), os.cpu_count() or 1) if count != "bare" else 1
-        pairs = zip(some, rates["bare"], strict=True)
-        return statistics.median(rate / (alone * cores) for rate, alone in pairs)
-
-    return [
-        {
-            "workers": count,
+    def row(name: str, some: Sequence[float], of: Sequence[float]) -> dict[str, Any]:
+        return {
+            "name": name,
             "images_per_second": statistics.median(some),
-            "over_bare": share(count, some),
+            "over_bare": statistics.median(x / y for x, y in zip(some, of, strict=True)),
             "rounds": some,
         }
-        for count, some in rates.items()
+
+    return [
+        *(row(f"bare, processes: {count}", some, some) for count, some in alone.items()),
+        *(row(f"workers: {count}", some, alone[cores[count]]) for count, some in rates.items()),
     ]
 
 
@@ -101,12 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = measure(args.shards, args.size, args.batch, args.workers, args.seconds, args.rounds)
     print(f"{args.size} x {args.size}, batch {args.batch}, {os.cpu_count()} CPUs")
-    print("| workers | images/s (median) | lowest | highest | over bare x cores |")
+    print("| | images/s (median) | lowest | highest | over bare |")
     print("|---|---|---|---|---|")
     for row in rows:
         low, high = min(row["rounds"]), max(row["rounds"])
         print(
-            f"| {row['workers']} | {row['images_per_second']:.0f} | {low:.0f} | {high:.0f} "
+            f"| {row['name']} | {row['images_per_second']:.0f} | {low:.0f} | {high:.0f} "
             f"| {row['over_bare']:.2f} |"
         )
     figures = {

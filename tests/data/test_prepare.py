@@ -907,7 +907,8 @@ def test_the_loader_benchmark_runs(straight, tmp_path, capsys):
     args = [f"{straight[1]}/train-*.tar", "--size=32", "--batch=4", "--seconds=0.05", "--rounds=2"]
     module.main([*args, "--workers", "0", "1", f"--json={tmp_path}/rates.json"])
     figures = json.loads((tmp_path / "rates.json").read_text())
-    assert [row["workers"] for row in figures["rows"]] == ["bare", 0, 1]
+    named = ["bare, processes: 1", "workers: 0", "workers: 1"]
+    assert [row["name"] for row in figures["rows"]] == named
     assert all(len(row["rounds"]) == 2 and min(row["rounds"]) > 0 for row in figures["rows"])
     table, _, last = capsys.readouterr().out.strip().rpartition("\n")
-    assert json.loads(last) == figures and "| 1 |" in table
+    assert json.loads(last) == figures and "| workers: 1 |" in table
