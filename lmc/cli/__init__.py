@@ -135,13 +135,19 @@ def _run(name: str, words: Sequence[str]) -> None:
 
 
 def said(name: str, error: str) -> str:
-    """What the parser says of a command line, as a line; more of a class that is not known."""
+    """What the parser says of a command line, as a line; more of a class or its option unknown."""
     text = " ".join(error.split())
     found = re.fullmatch(r'Parser key "([\w.]+)": Expected a dot import path string: (\S+)', text)
-    if not found:
-        return text
-    option, word = found.groups()
-    return f"there is no {option} {word}: lmc {name} --help lists them; or give an import path"
+    if found:
+        option, word = found.groups()
+        return f"there is no {option} {word}: lmc {name} --help lists them; or give an import path"
+    found = re.match(r"""Parser key "([\w.]+)": .*'(\w+)' is not accepted""", text)
+    path = re.search(r"""class_path[ =]'([\w.]+)'""", text)
+    if found and path:
+        option, word = found.groups()
+        of = path[1].rpartition(".")[2]
+        return f"{of} has no --{option}.{word}: lmc {name} --{option}.help {of} lists what it has"
+    return text
 
 
 def check_options(name: str, words: Sequence[str]) -> None:

@@ -522,6 +522,21 @@ def test_a_config_that_cannot_be_read_is_said(edit, tmp_path):
     assert "unknown option --list" in error("edit", "--list", "x")
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "one"), [("loss", "LMC", "fixed_noise"), ("renderer", "svg", "paths")]
+)
+def test_an_option_that_a_class_does_not_have_is_said(option, name, one, capsys):
+    args = ["synthesize", f"--{option}={name}", f"--{option}.anw=3"]
+    args += ["--prior.pretrained=data/demo/prior", "--prompt=x", "--out=none"]
+    said = error(*args)
+    assert said.endswith(
+        f"{name} has no --{option}.anw: lmc synthesize --{option}.help {name} lists what it has"
+    )
+    with pytest.raises(SystemExit):
+        main(["synthesize", f"--{option}.help", name])
+    assert f"--{option}.{one}" in capsys.readouterr().out
+
+
 def test_a_loss_that_fails_does_not_end_the_others(edits, tmp_path, monkeypatch, capsys):
     optimize = lmc.one_image.edits.optimize
     raised = [FloatingPointError("not finite"), TypeError("odd"), torch.OutOfMemoryError("CUDA")]
