@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from lmc.errors import require
 from lmc.shards.encoded import opened
@@ -40,8 +41,8 @@ class ImageBatch:
     """A batch of images.
 
     Attributes:
-        pixels: uint8 (B, 3, H, W), a quarter of what floats would take on their way to the device;
-            or, of images of more than 8 bits, float32 in [-1, 1].
+        pixels: uint8 (B, 3, H, W), a quarter of what floats would take on their way to the device,
+            in channels-last order; or, of images of more than 8 bits, float32 in [-1, 1].
         key: the samples' keys.
         label: their classes.
         position: of the stream that made it, after this batch: (worker, round, samples read).
@@ -57,7 +58,7 @@ class ImageBatch:
     @property
     def image(self) -> Tensor:
         """float32 (B, 3, H, W) in [-1, 1], on the device of the pixels."""
-        return as_floats(self.pixels)
+        return as_floats(self.pixels).contiguous()
 
     def pin_memory(self) -> "ImageBatch":
         """The same in memory that a GPU can read by itself; for `DataLoader`."""
@@ -77,7 +78,8 @@ def decode_pixels(data: bytes, where: str = "image") -> Tensor:
     """`decode_image` as it is stored: uint8 (3, H, W); of 16 bits, float32 in [-1, 1]."""
     try:
         with opened(data) as image:
-            return pixels_of(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return pixels_of(image)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -85,7 +87,7 @@ def decode_pixels(data: bytes, where: str = "image") -> Tensor:
 def pixels_of(image: Image.Image) -> Tensor:
     """A picture's pixels, any mode as RGB: uint8 (3, H, W); of 16 bits, float32 in [-1, 1]."""
     sixteen = image.mode.startswith("I")  # grey, which Pillow would clip to 8 bits
-    pixels = np.asarray(image if sixteen else image.convert("RGB"))
+    pixels = np.asarray(image if sixteen or image.mode == "RGB" else image.convert("RGB"))
     if sixteen:
         grey = pixels.astype(np.float32).clip(0, 65535) / 65535 * 2 - 1
         return torch.from_numpy(grey).expand(3, -1, -1).clone()
@@ -195,7 +197,10 @@ class ImageStream(ShardStream):
         images, keys, labels = zip(*decoded, strict=True) if decoded else ((), (), ())
         if len({image.dtype for image in images}) > 1:
             images = tuple(map(as_floats, images))
-        stacked = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
+        if not images:
+            return ImageBatch(torch.empty(0, 3, 1, 1), [], [], position, skipped)
+        # As they lie in memory, and in a worker right where the batch is handed over.
+        stacked = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
         return ImageBatch(stacked, list(keys), list(labels), position, skipped)
 
     def _decode(self, sample: dict[str, Any]) -> tuple[Tensor, str, str]:

@@ -899,13 +899,12 @@ def test_what_was_written_trains(straight):
     assert next(iter(stream)).image.shape == (4, 3, 32, 32)
 
 
-def test_the_loader_benchmark_runs(straight, tmp_path, capsys):
-    path = DATA.parent / "benchmarks" / "loader.py"
-    spec = importlib.util.spec_from_file_location("loader_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_the_loader_benchmark_runs(straight, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(DATA.parent / "benchmarks")
+    import loader
+
     args = [f"{straight[1]}/train-*.tar", "--size=32", "--batch=4", "--seconds=0.05", "--rounds=2"]
-    module.main([*args, "--workers", "0", "1", f"--json={tmp_path}/rates.json"])
+    loader.main([*args, "--workers", "0", "1", f"--json={tmp_path}/rates.json"])
     figures = json.loads((tmp_path / "rates.json").read_text())
     named = ["bare, processes: 1", "workers: 0", "workers: 1"]
     assert [row["name"] for row in figures["rows"]] == named

@@ -241,6 +241,20 @@ def test_each_heldout_image_is_read_exactly_once(tmp_path, shards, each, workers
     assert sorted(read) == keys_of(shards, each)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_its_pictures_stacked(tmp_path, workers):
+    """However they travel: in a worker they are stacked in shared memory, as they lie."""
+    generator = torch.Generator().manual_seed(0)
+    files = [worlds.png(torch.rand(3, 8, 8, generator=generator) * 2 - 1) for _ in range(3)]
+    samples = [(str(i), data, "png", {"label": "cat"}) for i, data in enumerate(files)]
+    write_shard(tmp_path / "a.tar", samples)
+    stream = ImageStream(f"{tmp_path}/a.tar", 8, 3, training=False)
+    (batch,) = DataLoader(stream, batch_size=None, num_workers=workers)
+    assert torch.equal(batch.image, torch.stack([decode_image(data) for data in files]))
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels.is_shared() == (workers > 0)
+    assert batch.image.is_contiguous(), "so that sums over it are in the order they always were"
+
+
 # ---------------------------------------------------------------------------------------------
 # Remote shards, through a command
 
