@@ -97,7 +97,8 @@ def picture(rows: Mapping[str, Any], file: Path) -> None:
         if name in FRESH:
             axes.plot(row["evaluations"], row["excess"], marker=".", label=name)
         else:
-            axes.scatter(row["evaluations"][-1], row["excess"][-1], marker="s", label=name)
+            last = row["evaluations"][-1:], row["excess"][-1:]
+            axes.plot(*last, marker="s", linestyle="none", label=f"stored: {name}")
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the prior", ylabel="excess of L_k")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -166,6 +166,26 @@ def test_configs_on_labelled_pictures_build_their_training(stage, tmp_path, monk
     assert cli.model.network.arguments["captions"] == captions
 
 
+def test_what_is_recommended_is_trained_on_the_triplets_that_its_header_makes():
+    file = CONFIGS / "bias" / "recommended.yaml"
+    triplets = commands(file)[0]
+    config = ConfigReader(CorrectorTraining).read(command(file, "bias")[1:])
+    assert [*triplets[:2], triplets[3]] == ["lmc", "triplets", "--out"]
+    assert config["data"]["train"] == f"{triplets[4]}/train-*.tar"
+    model, paper = (
+        config["model"],
+        ConfigReader(CorrectorTraining).read([f"--config={triplets[2]}"]),
+    )
+    assert (model["kind"], model["statistics"]) == ("hybrid", "calibrated")
+    assert model["restoring"] is not None and model["prior"] == paper["model"]["prior"]
+    said = re.search(
+        r"with (\d+) M photographs (\d+) M evaluations, ([\d.]+) GPU hours", header(file)
+    )
+    photographs, evaluations, hours = map(float, said.groups())
+    assert evaluations == photographs * int(triplets[triplets.index("--times_per_image") + 1])
+    assert hours == pytest.approx(evaluations * 1e6 * 0.23 / 200 / 3600, rel=0.04)
+
+
 FACES = {**STAGES, **{stage: (None, kind) for stage, kind in LABELLED.items()}}
 
 
@@ -204,7 +224,7 @@ def test_every_config_is_tested():
     found = {str(file.relative_to(CONFIGS))[:-5] for file in CONFIGS.rglob("*.yaml")}
     stages = {f"{stage}/{which}" for stage in STAGES for which in ("demo", "paper")}
     mine = stages | {f"priors/{name}" for name in PRIORS} | {"translator/imagenet-classes"}
-    mine |= {"translator/demo-eight", "translator/demo-try"}
+    mine |= {"translator/demo-eight", "translator/demo-try", "bias/recommended"}
     mine |= {*(f"{stage}/demo" for stage in LABELLED)}
     mine |= {f"{stage}/{name}" for stage in FACES for name in ("faces", "faces-64")}
     assert {name for name in found if not name.startswith("image/")} == mine
@@ -221,7 +241,7 @@ def test_an_overlay_says_what_its_prior_needs(which):
     assert f"runs/{which}/bias --out runs/{which}/corrector --license" in release
     assert stage_two.endswith(f"--model.loss.corrector runs/{which}/corrector")
     assert "Hardware: one GPU of 80 GB" in text and text.endswith("Not yet run.")
-    assert "on an A100 (200 TFLOP/s in bfloat16" in text
+    assert "at 200 TFLOP/s in bfloat16" in text
     pretrained = yaml.safe_load(file.read_text())["model"]["prior"]["init_args"]["pretrained"]
     gated = re.search(r"licence of (\S+) accepted on its hub page and `hf auth login`", text)
     assert gated is None or gated[1] == pretrained
