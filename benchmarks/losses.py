@@ -4,8 +4,8 @@
     python benchmarks/losses.py
 
 Trains the demo's translator a few steps with each loss that `lmc compare` takes by default, one
-after the other, in rounds; a loss's share is of the step of SDS in the same round, and the median of
-the rounds counts. Prints a table, then JSON (or writes it to --json).
+after the other, in rounds; a loss's share is of the step of SDS in the same round, and the median
+of the rounds counts. Prints a table, then JSON (or writes it to --json).
 """
 
 import argparse
