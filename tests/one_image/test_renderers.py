@@ -300,7 +300,7 @@ def test_an_svg_that_cannot_be_edited(edit, cat, tmp_path, content, said):
 def test_bad_input_of_renderers(synthesize, edit, tmp_path, family_folder):
     svg, scene = ([*synthesize, f"--renderer={name}"] for name in ("svg", "scene"))
     assert "renderer: paths must be at least 1, got 0" in error(*svg, "--renderer.paths=0")
-    assert "'pathes'" in error(*svg, "--renderer.pathes=3")
+    assert "no --renderer.pathes:" in error(*svg, "--renderer.pathes=3")
     said = error(*scene, "--renderer.distance=[0.8, 2]")
     assert "camera is inside the scene" in said and said.startswith("lmc: renderer: distance")
     assert "elevation must be [least, most]" in error(*scene, "--renderer.elevation=[9, 1]")
