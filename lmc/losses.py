@@ -841,21 +841,23 @@ class Bridge(SDS):
 
 
 class DVRF(ScoreDistillation):
-    """Delta Velocity Rectified Flow [Beaudouin et al.]: DDS for flow priors.
+    """Delta Velocity Rectified Flow [Beaudouin et al.]: DDS in velocities.
 
-    g = v_guided(z_t + η t (z − z_src), y_target) − v_guided(z_src_t, y_source)
+    g = v_guided(z_t + η sigma_t (z − z_src), y_target) − v_guided(z_src_t, y_source)
         + (1 − η) (z − z_src),  v = eps − z_hat, with the same t and eps
 
-    At η = 0 it is DDS's over alpha_t, at η = 1 the difference that FlowEdit integrates.
+    At η = 0 it is DDS's times (alpha_t + sigma_t) / alpha_t, at η = 1 the difference that FlowEdit
+    integrates. Published for flow priors, of which alpha_t + sigma_t = 1. A variance-preserving
+    one is a flow prior too, of z_t / (alpha_t + sigma_t) at the time sigma_t / (alpha_t + sigma_t):
+    what is above is the same in its terms.
 
     Args:
         eta: η, of the shift that takes z_t towards what the source's path says of z.
     """
 
     name = "dvrf"
-    by_default = False  # few priors are flows
+    by_default = False  # without `chain_alpha` what is nearly noise has nearly all the say
     needs_source = True
-    needs_prior = "a flow prior"
     evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))
     source_evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale))
 
@@ -863,20 +865,11 @@ class DVRF(ScoreDistillation):
         super().__init__(*args, **kwargs)
         self.eta = eta
 
-    def check(self, prior: Prior) -> None:
-        """Refuse a prior that is no flow.
-
-        Raises:
-            ValueError: it is none.
-        """
-        if not isinstance(prior.schedule, FlowSchedule):
-            raise ValueError(f"the loss 'dvrf' needs {self.needs_prior}: for another take 'dds'")
-
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        self.check(prior)
         assert x.z_source is not None
         apart = x.z - x.z_source
-        shift = self.eta * x.t.view(-1, 1, 1, 1) * apart
+        _, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
+        shift = self.eta * sigma_t * apart
         target, source = _guided_pair(prior, x, self.guidance_scale, shift, _velocity)
         return {"delta": target - source, "apart": (1 - self.eta) * apart}
 

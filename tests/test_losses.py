@@ -62,16 +62,13 @@ class BestFilter(Corrector):
 
 
 @pytest.fixture
-def prior(request) -> GaussianPrior:
-    """Of flow matching for the loss that is of that kind."""
+def prior() -> GaussianPrior:
     prior = small_prior()
     generator = torch.Generator().manual_seed(1)
     for prompt in [*prior.means]:
         for suffix in (GOOD, BAD):
             mean = torch.randn(prior.means[prompt].shape, generator=generator, dtype=torch.float64)
             prior.means[prompt + suffix] = prior.means[prompt] + 0.3 * mean
-    if "dvrf" in request.node.name:
-        prior.schedule = FlowSchedule()
     return prior
 
 
@@ -295,8 +292,6 @@ def test_defaults_are_the_papers(prior):
         x = inputs_for(name, prior)
         ours = (15, "one", True, True)
         ours = {"sdi": (7.5, "one", False, True), "dmd": (15, "one", False, False)}.get(name, ours)
-        if name == "dvrf":  # of another prior
-            continue
         wanted = closed_form(name, prior, x, *ours)
         total = make(name, prior)(prior, x).total
         np.testing.assert_allclose(total, sum(wanted.values()), rtol=0, atol=1e-10)
@@ -729,9 +724,14 @@ def test_dvrf_at_eta_zero_is_dds_over_alpha_and_at_one_flowedit(prior):
     equal(DVRF(eta=1, **PLAIN)(prior, x).total, wanted)
 
 
-def test_dvrf_asks_for_a_flow_prior(prior):
-    with pytest.raises(ValueError, match="needs a flow prior: for another take 'dds'"):
-        DVRF().prepare(small_prior(), "cpu")
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_dvrf_of_a_ddpm_prior_is_that_of_the_flow_prior_it_is(prior, eta):
+    x = inputs(prior)
+    alpha_t, sigma_t = prior.schedule.coefficients(x.t)
+    gradient = DVRF(eta=eta, chain_alpha=False)(prior, x).total
+    prior.schedule = FlowSchedule()
+    x = replace(x, t=(sigma_t / (alpha_t + sigma_t)).flatten())
+    equal(gradient, DVRF(eta=eta, chain_alpha=False)(prior, x).total)
 
 
 def test_dmd_without_its_weight_is_vsd_in_estimates_of_the_image(prior):

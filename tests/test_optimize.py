@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmc.losses import DDS, DVRF, LMC, MSSDS, SDS, Cond, LossInputs
+from lmc.losses import DDS, LMC, MSSDS, SDS, Cond, LossInputs
 from lmc.optimize import (
     Comparison,
     Editing,
@@ -233,10 +233,7 @@ def network(tiny_prior_folder):
     return DiffusersPrior(str(tiny_prior_folder))
 
 
-ALL = [loss for loss in LOSSES.values() if loss is not DVRF]  # which is for flow priors
-
-
-@pytest.mark.parametrize("loss_class", ALL, ids=lambda each: each.name)
+@pytest.mark.parametrize("loss_class", LOSSES.values(), ids=lambda each: each.name)
 def test_every_loss_moves_an_image(network, loss_class):
     source = start(2, 24, 24).float()
     loss = loss_class("identity") if loss_class is LMC else loss_class()

@@ -162,7 +162,7 @@ def test_specs():
 
 def test_all_losses_are_the_default():
     found = {spec.label for spec in parse_specs(None)}
-    assert found == set(LOSSES) - {"csd", "dvrf"}, "one is another's name, one is for flows"
+    assert found == set(LOSSES) - {"csd", "dvrf"}, "one is another's name, one needs chain_alpha"
     assert found >= {"sds", "cond", "lmc", "dds", "nfsd", "ms_sds", "pds", "vsd", "sdi"}
 
 

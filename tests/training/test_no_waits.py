@@ -35,7 +35,6 @@ import worlds
 
 META = torch.device("meta")
 STEPS = 4
-SOME = [name for name in LOSSES if name != "dvrf"]  # which asks for a flow prior; like dds
 
 
 class MetaAccelerator(Accelerator):
@@ -180,7 +179,7 @@ def a_loss(name: str, prior: DiffusersPrior) -> ScoreDistillation:
     return losses.LMC(HybridCorrector(3, {"size": 16}, [8, 8], **own))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("every_class", [False, True])
 def test_stage_two_never_waits(name, every_class, data, prior, monkeypatch, tmp_path):
     module = TranslatorTraining(
@@ -225,7 +224,7 @@ def test_a_read_is_found(data, prior, monkeypatch, tmp_path):
         run(module, data, monkeypatch, tmp_path)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", LOSSES)
 def test_one_image_never_waits(name, prior, monkeypatch):
     monkeypatch.setattr(torch, "Generator", MetaGenerator)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
