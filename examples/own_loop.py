@@ -2,7 +2,7 @@
 
     python examples/own_loop.py PRIOR CORRECTOR 'a photo of a lion' lion.png
 
-PRIOR is a pipeline folder or hub id (`pip install 'lmc-sds[train]'`), CORRECTOR its released
+PRIOR is a pipeline folder or hub id (`pip install '.[train]'` in a clone), CORRECTOR its released
 corrector. Here the parameters are a picture's pixels: any network that makes pictures will do.
 """
 
@@ -22,14 +22,21 @@ def optimise(prior: Prior, loss: ScoreDistillation, prompt: str, steps: int) -> 
     null, target = prior.embed([""]), prior.embed([prompt])
     image = torch.zeros(1, 3, prior.image_size, prior.image_size, requires_grad=True)
     optimizer = torch.optim.Adam([image], lr=0.05)
-    for _ in range(steps):
-        z = prior.encode(image)
+
+    def inputs(z: torch.Tensor, step: int) -> LossInputs:
+        """What the loss is computed from; docs/losses.md says which losses want more than this."""
         t = torch.empty(len(z)).uniform_(0.02, 0.98)
-        gradient = loss(prior, LossInputs(z, t, torch.randn_like(z), null, target))
+        return LossInputs(z, t, torch.randn_like(z), null, target, progress=step / steps)
+
+    for step in range(steps):
+        z = prior.encode(image)
+        gradient = loss(prior, inputs(z, step))
         optimizer.zero_grad()
         surrogate(z, gradient.total).mean().backward()
         optimizer.step()
         image.data.clamp_(-1, 1)
+        for _ in range(loss.updates if loss.learns else 0):  # the LoRA of VSD and DMD
+            loss.learn(prior, inputs(z.detach(), step))
     return image.detach()
 
 

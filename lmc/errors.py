@@ -84,7 +84,8 @@ def needs(what: str, extra: str) -> Iterator[None]:
         if found is None:
             raise
         raise ImportError(
-            f"{what} needs {package}, which is not installed: pip install 'lmc-sds[{found}]'",
+            f"{what} needs {package}, which is not installed: pip install 'lmc-sds[{found}]', "
+            f"or in a clone '.[{found}]'",
             name=error.name,
         ) from error
 

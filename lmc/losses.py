@@ -52,7 +52,7 @@ class LossInputs:
         described: of the target prompts with each of `ScoreDistillation.suffixes`, B rows each.
         eps_fixed: as eps, but the same over the whole optimisation, for losses with `fixed_noise`.
         t_host: t as the host knows it, B numbers, where it does; see `times`.
-        progress: the share of the run that is done, in [0, 1].
+        progress: the share of the run that is done, in [0, 1], for losses with a `first_stage`.
         repeats: of how many rows each is of one image, to several targets: t, eps, z_source and
             source are the same in every group of so many, and the source is predicted once.
     """
@@ -69,7 +69,7 @@ class LossInputs:
     t_host: Sequence[float] | None = None
     repeats: int = 1
     described: Sequence[Embedding] = ()
-    progress: float = 0.0
+    progress: float | None = None
 
     def times(self) -> Sequence[float]:
         """t for what depends on its value; without `t_host` the host waits for the device."""
@@ -114,6 +114,8 @@ class ScoreDistillation(ABC):
         suffixes: what is added to the target prompts for `LossInputs.described`.
         prompts_note: what to do where a prior of classes does not know `further_prompts`.
         fixed_noise: `LossInputs` must have eps_fixed.
+        first_stage: the share of the run that is another loss's; above 0 `LossInputs` must have
+            progress.
 
     Raises:
         ValueError: an unknown weighting, a negative ω, or rescaling at ω = 0.
@@ -132,6 +134,7 @@ class ScoreDistillation(ABC):
     suffixes: Sequence[str] = ()
     prompts_note: ClassVar[str] = ""
     fixed_noise: bool = False
+    first_stage: float = 0.0
 
     def __init__(
         self,
@@ -205,19 +208,24 @@ class ScoreDistillation(ABC):
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         """The loss's gradient before any weighting, by named terms, each (B, C, H, W)."""
 
+    def in_first_stage(self, x: LossInputs) -> bool:
+        """Whether the run is in its `first_stage` yet."""
+        return x.progress is not None and x.progress < self.first_stage
+
     @torch.no_grad()
     def __call__(self, prior: Prior, x: LossInputs) -> Gradient:
         """The weighted gradient with respect to `x.z`.
 
         Raises:
             ValueError: `x` lacks what the loss needs: a source, a negative prompt, descriptions, a
-                fixed noise.
+                fixed noise, the progress.
         """
         needed = {
             "z_source and source": self.needs_source and (x.z_source is None or x.source is None),
             "negative": self.negative_prompt is not None and x.negative is None,
             "described": len(x.described) < len(self.suffixes),
             "eps_fixed": self.fixed_noise and x.eps_fixed is None,
+            "progress": self.first_stage > 0 and x.progress is None,
         }
         for missing, is_missing in needed.items():
             if is_missing:
@@ -364,7 +372,7 @@ class LMC(ScoreDistillation):
                 prior, x.t, (z_t, x.null), (z_t, x.target)
             )
         cond = self.guidance_scale * (eps_cond - eps_uncond)
-        if x.progress < self.first_stage:
+        if self.in_first_stage(x):
             return {"cond": cond, "proj": eps_uncond - eps}
         g_lmc = self.corrector.correct(x.z, x.t, z_hat, self.statistics) - z_hat
         if self.keep_ratio:
@@ -832,7 +840,7 @@ class Bridge(SDS):
         self.suffixes = [each for each in (target_suffix, source_suffix) if each is not None]
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        if x.progress < self.first_stage:
+        if self.in_first_stage(x):
             return super().terms(prior, x)
         z_t = _noisy(prior, x.z, x)
         source = x.null if self.source_suffix is None else x.described[1]

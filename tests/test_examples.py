@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lmc.configs import build
 from lmc.corrector import BiasCorrector, Corrector
 from lmc.load import load_network
-from lmc.losses import LMC, SDS, LossInputs, Weighting
+from lmc.losses import LMC, SDS, VSD, LossInputs, Weighting
 from lmc.priors import DiffusersPrior, Embedding, Prior
 from lmc.specs import denoiser_evaluations
 from lmc.translator import Translator
@@ -49,6 +49,20 @@ def examples(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     for name in ("own_loop", "own_loss", "own_prior"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_a_loop_of_one_s_own_trains_a_loss_s_lora(examples, monkeypatch, tiny_prior_folder):
+    import own_loop
+
+    class Watched(VSD):
+        def terms(self, prior, x):
+            seen.append((x.progress, *(float(w.detach().abs().sum()) for w in self.lora.values())))
+            return super().terms(prior, x)
+
+    seen = []
+    own_loop.optimise(DiffusersPrior(str(tiny_prior_folder)), Watched(), "a photo of a dog", 2)
+    (began, *first), (goes_on, *second) = seen
+    assert (began, goes_on) == (0, 0.5) and first != second
 
 
 @pytest.mark.parametrize("name", ["red", "blue"])

@@ -102,6 +102,8 @@ def take(x: LossInputs, rows: list[int]) -> LossInputs:
 
 def make(name, prior, statistics="image", **options) -> ScoreDistillation:
     if name.startswith("lmc"):
+        if name == "lmc_first":
+            options["first_stage"] = 0.5
         return LMC(BestFilter(prior, statistics), fixed_noise=name == "lmc_fixed", **options)
     if name == "nfsd":
         return NFSD(negative_prompt="bear", **options)
@@ -501,6 +503,8 @@ def test_a_negative_guidance_scale_is_refused(prior, name):
         ("nfsd", "negative", "negative"),
         ("lmc_fixed", "eps_fixed", "eps_fixed"),
         ("bridge", "described", "described"),
+        ("bridge", "progress", "progress"),
+        ("lmc_first", "progress", "progress"),
         ("dvrf", "z_source", "z_source and source"),
     ],
 )

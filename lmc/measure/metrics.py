@@ -29,7 +29,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 BINS = 85
 SMALLEST_LPIPS = 31  # pixels, below which AlexNet's second pooling has nothing left to pool
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-NO_FIDELITY = "torch-fidelity is not installed: pip install 'lmc-sds[fid]'"
+NO_FIDELITY = "torch-fidelity is not installed: pip install 'lmc-sds[fid]', or in a clone '.[fid]'"
 
 
 # ---------------------------------------------------------------------------------------------
