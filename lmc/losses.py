@@ -419,7 +419,11 @@ class NFSD(ScoreDistillation):
     name = "nfsd"
     prompts_note = "set negative_prompt to ''"
     evaluations_note = "at most"
-    evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale) + 1)
+    evaluations = staticmethod(
+        lambda guidance_scale, negative_prompt, **_: (
+            _branches(guidance_scale) + 1 if negative_prompt else 2
+        )
+    )
 
     def __init__(
         self, *args: Any, negative_prompt: str | None = NEGATIVE_PROMPT, **kwargs: Any
@@ -434,18 +438,19 @@ class NFSD(ScoreDistillation):
         z_t, scale = _noisy(prior, x.z, x), self.guidance_scale
         late = [i for i, time in enumerate(x.times()) if time >= 0.2]
         # One call: the target's and, unless ω = 1 cancels it, the null prompt's of all samples,
-        # the negative prompt's of the late ones.
+        # the negative prompt's of the late ones; the empty one's is the null prompt's.
         prompts = [x.target] if scale == 1 else [x.target, x.null]
         count, branches = len(z_t), len(prompts)
+        asked = late if self.negative_prompt or scale == 1 else []
         # Row by row: to index by a list would copy it to the device, and wait.
         eps, _ = prior.predict(
-            torch.cat([*[z_t] * branches, *(z_t[i : i + 1] for i in late)]),
-            torch.cat([*[x.t] * branches, *(x.t[i : i + 1] for i in late)]),
-            Embedding.cat([*prompts, *(x.negative.rows(slice(i, i + 1)) for i in late)]),
+            torch.cat([*[z_t] * branches, *(z_t[i : i + 1] for i in asked)]),
+            torch.cat([*[x.t] * branches, *(x.t[i : i + 1] for i in asked)]),
+            Embedding.cat([*prompts, *(x.negative.rows(slice(i, i + 1)) for i in asked)]),
         )
         negative = torch.zeros_like(z_t)
-        for number, i in enumerate(late, branches * count):
-            negative[i] = eps[number]
+        for number, i in enumerate(late):
+            negative[i] = eps[branches * count + number if asked else count + i]
         eps_cond = eps[:count]
         if scale == 1:
             return {"guided": eps_cond - negative}

@@ -665,6 +665,16 @@ def test_nfsd_with_an_empty_negative_prompt_is_cond_at_late_times(prior):
     late = x.t >= 0.2
     equal(nfsd[late], cond[late])
     assert (nfsd[~late] - cond[~late]).abs().max() > 1e-3
+    assert prior.evaluations == 2 * 2 * len(x.t), "the null prompt is not asked for twice"
+    said = denoiser_evaluations(NFSD, defaults(NFSD) | {"negative_prompt": ""})
+    assert said[0] == 2
+
+
+def test_nfsd_with_an_empty_negative_prompt_is_its_formula(prior):
+    x = inputs(prior)
+    x = replace(x, negative=x.null)
+    both = [NFSD(negative_prompt=each, **PLAIN)(prior, x).total for each in ("", "said")]
+    equal(*both)
 
 
 def test_multi_step_sds_in_one_step_is_sds(prior):

@@ -3,9 +3,9 @@
     python data/faces/run.py --photographs faces --cats afhq
 
 Makes the shards, trains a prior, a CLIP and the corrector, then a translator with each loss and
-seed, and measures them on the held-out cats, by a classifier of ImageNet's too (`lmc-sds[judge]`),
-beside real pictures, the prior's own samples and DreamSampler's edits. runs/faces/report.html is
-the page to look at. Every step goes on where it was stopped, and what is done is not done again.
+seed, and measures them on the held-out cats, by a classifier of ImageNet's too, beside real
+pictures, the prior's own samples and DreamSampler's edits. runs/faces/report.html is the page to
+look at. Every step goes on where it was stopped, and what is done is not done again.
 --size 64 is for a GPU, in runs/faces-64 (configs/*/faces-64.yaml over the others).
 
 FACES holds a folder of photographs each for bear, dog, lion, squirrel, tiger, fox and wolf; CATS is
@@ -14,6 +14,7 @@ files of one name.
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,8 +23,11 @@ from pathlib import Path
 
 from marks import CLASSES
 
+from lmc.errors import EXTRAS
+
 ROOT = Path(__file__).parents[2]
 LOSSES = "lmc,sds,sds:guidance_scale=100,dds,nfsd:negative_prompt='',vsd"
+NEEDED = ("train", "vsd", "fid", "judge")  # extras, of which some are imported after hours
 LICENCE = "AFHQ: CC BY-NC 4.0; others as where they are from says, for research only"
 MARGIN = {32: 2, 64: 4}  # what the prior's pictures are cropped by at random, by their size
 
@@ -70,6 +74,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, choices=MARGIN, default=32, help="(%(default)s)")
     parser.add_argument("--steps", type=int, help="of every training, for a quick look")
     args = parser.parse_args()
+    packages = [package for extra in NEEDED for package in EXTRAS[extra]]
+    if absent := [each for each in packages if importlib.util.find_spec(each) is None]:
+        sys.exit(
+            f"not installed: {', '.join(absent)}: pip install --editable '.[{','.join(NEEDED)}]'"
+        )
     photographs, cats = args.photographs.absolute(), args.cats.absolute()
     os.chdir(ROOT)
     names = ["faces"] if args.size == 32 else ["faces", f"faces-{args.size}"]
