@@ -46,6 +46,9 @@ def labelled_grid(blocks: Mapping[str, Mapping[str, Tensor]]) -> Any:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     y = 0
     for name, block in blocks.items():
+        # Of what is too long the end stays: two runs of one loss differ there.
+        while draw.textlength(name, font) > size[0] - margin:
+            name = "..." + name.removeprefix("...")[1:]
         draw.text((margin, y + 1), name, "black", font)
         y += title
         for label, images in block.items():

@@ -35,3 +35,11 @@ def test_small_pictures_are_shown_enlarged_pixel_by_pixel():
         seen = sheet[top + 4 * row : top + 4 * row + 4, left + 4 * column : left + 4 * column + 4]
         for channel in range(3):
             assert abs(seen[..., channel] - wanted[0, channel, row, column].item()).max() <= 1
+
+
+def test_of_a_title_that_is_too_long_the_end_is_shown():
+    pictures, name = torch.zeros(1, 3, 64, 64), "lmc:corrector=somewhere/else:guidance_scale="
+    first, second = (
+        np.asarray(labelled_grid({f"{name}{omega}": {"row": pictures}})) for omega in (1, 5)
+    )
+    assert (first != second).any()
