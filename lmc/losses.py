@@ -52,7 +52,7 @@ class LossInputs:
         described: of the target prompts with each of `ScoreDistillation.suffixes`, B rows each.
         eps_fixed: as eps, but the same over the whole optimisation, for losses with `fixed_noise`.
         t_host: t as the host knows it, B numbers, where it does; see `times`.
-        progress: the share of the run that is done, in [0, 1], for losses with a `first_stage`.
+        progress: the share of the run that is done, in [0, 1] (`ScoreDistillation.needs_progress`).
         repeats: of how many rows each is of one image, to several targets: t, eps, z_source and
             source are the same in every group of so many, and the source is predicted once.
     """
@@ -114,8 +114,7 @@ class ScoreDistillation(ABC):
         suffixes: what is added to the target prompts for `LossInputs.described`.
         prompts_note: what to do where a prior of classes does not know `further_prompts`.
         fixed_noise: `LossInputs` must have eps_fixed.
-        first_stage: the share of the run that is another loss's; above 0 `LossInputs` must have
-            progress.
+        needs_progress: `LossInputs` must have progress.
 
     Raises:
         ValueError: an unknown weighting, a negative ω, or rescaling at ω = 0.
@@ -134,7 +133,7 @@ class ScoreDistillation(ABC):
     suffixes: Sequence[str] = ()
     prompts_note: ClassVar[str] = ""
     fixed_noise: bool = False
-    first_stage: float = 0.0
+    needs_progress: bool = False
 
     def __init__(
         self,
@@ -208,10 +207,6 @@ class ScoreDistillation(ABC):
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         """The loss's gradient before any weighting, by named terms, each (B, C, H, W)."""
 
-    def in_first_stage(self, x: LossInputs) -> bool:
-        """Whether the run is in its `first_stage` yet."""
-        return x.progress is not None and x.progress < self.first_stage
-
     @torch.no_grad()
     def __call__(self, prior: Prior, x: LossInputs) -> Gradient:
         """The weighted gradient with respect to `x.z`.
@@ -225,7 +220,7 @@ class ScoreDistillation(ABC):
             "negative": self.negative_prompt is not None and x.negative is None,
             "described": len(x.described) < len(self.suffixes),
             "eps_fixed": self.fixed_noise and x.eps_fixed is None,
-            "progress": self.first_stage > 0 and x.progress is None,
+            "progress": self.needs_progress and x.progress is None,
         }
         for missing, is_missing in needed.items():
             if is_missing:
@@ -330,6 +325,7 @@ class LMC(ScoreDistillation):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.first_stage = _share(first_stage)
+        self.needs_progress = first_stage > 0
         if statistics not in (None, *get_args(Statistics)):
             known = ", ".join(get_args(Statistics))
             raise ValueError(f"unknown statistics {statistics!r}; known are {known}")
@@ -372,7 +368,7 @@ class LMC(ScoreDistillation):
                 prior, x.t, (z_t, x.null), (z_t, x.target)
             )
         cond = self.guidance_scale * (eps_cond - eps_uncond)
-        if self.in_first_stage(x):
+        if _progress(x) < self.first_stage:
             return {"cond": cond, "proj": eps_uncond - eps}
         g_lmc = self.corrector.correct(x.z, x.t, z_hat, self.statistics) - z_hat
         if self.keep_ratio:
@@ -841,11 +837,12 @@ class Bridge(SDS):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.first_stage = _share(first_stage)
+        self.needs_progress = first_stage > 0
         self.target_suffix, self.source_suffix = target_suffix, source_suffix
         self.suffixes = [each for each in (target_suffix, source_suffix) if each is not None]
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
-        if self.in_first_stage(x):
+        if _progress(x) < self.first_stage:
             return super().terms(prior, x)
         z_t = _noisy(prior, x.z, x)
         source = x.null if self.source_suffix is None else x.described[1]
@@ -864,8 +861,14 @@ class DVRF(ScoreDistillation):
     one is a flow prior too, of z_t / (alpha_t + sigma_t) at the time sigma_t / (alpha_t + sigma_t):
     what is above is the same in its terms.
 
+    It is a step of an ODE along a falling t, and no potential's gradient: where the denoiser lets
+    z_t through, and above all at low frequencies, g is −η (alpha_t + sigma_t) / alpha_t (z − z_src)
+    and drives z away from its source. The authors take 50 small steps.
+
     Args:
-        eta: η, of the shift that takes z_t towards what the source's path says of z.
+        eta: η at the end of the run, of the shift that takes z_t towards what the source's path
+            says of z.
+        progressive: η grows evenly from 0 over the run, as in the paper; false: it is `eta`.
     """
 
     name = "dvrf"
@@ -874,17 +877,21 @@ class DVRF(ScoreDistillation):
     evaluations = staticmethod(lambda guidance_scale, **_: 2 * _branches(guidance_scale))
     source_evaluations = staticmethod(lambda guidance_scale, **_: _branches(guidance_scale))
 
-    def __init__(self, *args: Any, eta: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, eta: float = 1.0, progressive: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.eta = eta
+        self.eta, self.progressive = eta, progressive
+        self.needs_progress = progressive
 
     def terms(self, prior: Prior, x: LossInputs) -> dict[str, Tensor]:
         assert x.z_source is not None
         apart = x.z - x.z_source
         _, sigma_t = prior.schedule.coefficients(x.t, x.z.dtype)
-        shift = self.eta * sigma_t * apart
+        eta = self.eta * _progress(x) if self.progressive else self.eta
+        shift = eta * sigma_t * apart
         target, source = _guided_pair(prior, x, self.guidance_scale, shift, _velocity)
-        return {"delta": target - source, "apart": (1 - self.eta) * apart}
+        return {"delta": target - source, "apart": (1 - eta) * apart}
 
 
 def surrogate(z: Tensor, gradient: Tensor) -> Tensor:
@@ -899,6 +906,10 @@ def _share(first_stage: float) -> float:
     if not 0 <= first_stage <= 1:
         raise ValueError(f"first_stage must be a share of the run in [0, 1], got {first_stage}")
     return first_stage
+
+
+def _progress(x: LossInputs) -> float:
+    return 1.0 if x.progress is None else x.progress
 
 
 def _noisy(prior: Prior, z: Tensor, x: LossInputs) -> Tensor:

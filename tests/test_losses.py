@@ -136,19 +136,16 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
     z_t − alpha_t z_hat, since 1 − alpha_t² S / A = sigma_t² / A.
     """
     spectrum = prior.spectrum.numpy()
-    flow = isinstance(prior.schedule, FlowSchedule)
-    bars = None if flow else prior.schedule.alphas_cumprod.numpy()
+    bars = prior.schedule.alphas_cumprod.numpy()
 
     def at(index: float) -> tuple[float, float]:
         """(alpha, sigma) at an index of the grid; below it the image is clean."""
-        if flow:
-            return 1 - index / 1000, index / 1000
         bar = bars[round(index)] if index > 0 else 1.0
         return bar**0.5, (1 - bar) ** 0.5
 
     def predicted(z_t, index: float, mean):
         # At index 0 the network is asked at the grid's first, a little noisy.
-        a, s = at(index) if flow else (bars[round(index)] ** 0.5, (1 - bars[round(index)]) ** 0.5)
+        a, s = bars[round(index)] ** 0.5, (1 - bars[round(index)]) ** 0.5
         return s * (z_t - a * mean) / (a**2 * spectrum + s**2)
 
     def ddim(z_s, here: float, there: float, scale: float):
@@ -218,13 +215,13 @@ def closed_form(name, prior, x, omega, weighting, chain_alpha, rescale, statisti
         elif name == "bridge":
             parts = {"cond": omega * s * a * (bad - good) / power}
         elif name == "dvrf":
-            # v = E[eps − z | z_t]; with η = 1 the images' difference is in z_t alone.
-            velocities = []
-            for noisy, prompt in ((z_t + s * (z - z_src), target), (a * z_src + s * e, source)):
+            # v = E[eps − z | z_t]; η is half of its 1, half way through the run.
+            velocities, moved = [], z_t + 0.5 * s * (z - z_src)
+            for noisy, prompt in ((moved, target), (a * z_src + s * e, source)):
                 eps = (1 - omega) * predicted(noisy, index, null)
                 eps = eps + omega * predicted(noisy, index, prompt)
                 velocities.append(eps - (noisy - s * eps) / a)
-            parts = {"delta": velocities[0] - velocities[1], "apart": 0 * z}
+            parts = {"delta": velocities[0] - velocities[1], "apart": 0.5 * (z - z_src)}
         elif name == "dmd":
             eps = (1 - omega) * predicted(z_t, index, null)
             eps = eps + omega * predicted(z_t, index, target)
@@ -505,6 +502,7 @@ def test_a_negative_guidance_scale_is_refused(prior, name):
         ("bridge", "described", "described"),
         ("bridge", "progress", "progress"),
         ("lmc_first", "progress", "progress"),
+        ("dvrf", "progress", "progress"),
         ("dvrf", "z_source", "z_source and source"),
     ],
 )
@@ -735,7 +733,18 @@ def test_dvrf_at_eta_zero_is_dds_over_alpha_and_at_one_flowedit(prior):
     # FlowEdit's steps add to the source; its z_t of the target is z + z_src_t − z_src.
     noisy = alpha_t * x.z_source + x.t.view(-1, 1, 1, 1) * x.eps
     wanted = velocity(x.z + noisy - x.z_source, x.target) - velocity(noisy, x.source)
-    equal(DVRF(eta=1, **PLAIN)(prior, x).total, wanted)
+    equal(DVRF(progressive=False, **PLAIN)(prior, x).total, wanted)
+    equal(DVRF(**PLAIN)(prior, replace(x, progress=1.0)).total, wanted)
+
+
+def test_dvrf_drives_from_the_source_what_the_denoiser_lets_through(prior):
+    x = replace(inputs(prior), target=prior.embed(["cat"] * 4))
+    prior.spectrum = prior.spectrum * 1e12
+    alpha_t, sigma_t = prior.schedule.coefficients(x.t)
+    wanted = -0.8 * (alpha_t + sigma_t) / alpha_t * (x.z - x.z_source)
+    options = {"eta": 0.8, "progressive": False, "chain_alpha": False, "rescale": False}
+    found = DVRF(guidance_scale=1, **options)(prior, x).total
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])

@@ -53,7 +53,7 @@ OPTIONS = {
         "source_suffix": ", oversaturated, smooth, pixelated, cartoon, foggy, hazy, blurry, "
         "bad structure, noisy, malformed",
     },
-    "dvrf": {**COMMON, "eta": 1.0},
+    "dvrf": {**COMMON, "eta": 1.0, "progressive": True},
     "dmd": {
         **COMMON,
         "chain_alpha": False,
