@@ -47,7 +47,7 @@ def labelled_grid(blocks: Mapping[str, Mapping[str, Tensor]]) -> Any:
     y = 0
     for name, block in blocks.items():
         # Of what is too long the end stays: two runs of one loss differ there.
-        while draw.textlength(name, font) > size[0] - margin:
+        while len(name) > 3 and draw.textlength(name, font) > size[0] - margin:
             name = "..." + name.removeprefix("...")[1:]
         draw.text((margin, y + 1), name, "black", font)
         y += title

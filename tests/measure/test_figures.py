@@ -43,3 +43,4 @@ def test_of_a_title_that_is_too_long_the_end_is_shown():
         np.asarray(labelled_grid({f"{name}{omega}": {"row": pictures}})) for omega in (1, 5)
     )
     assert (first != second).any()
+    assert labelled_grid({name: {"row": torch.zeros(1, 3, 64, 2)}}), "none of it fits"
