@@ -583,7 +583,7 @@ class VSD(ScoreDistillation):
         """
         if not isinstance(prior, LoraPrior):
             kind = type(prior).__name__
-            raise ValueError(f"the loss 'vsd' needs {self.needs_prior}; {kind} has not")
+            raise ValueError(f"the loss {self.name!r} needs {self.needs_prior}; {kind} has not")
 
     def prepare(self, prior: Prior, device: torch.device | str) -> None:
         """Give the prior's denoiser its LoRA, the same in all processes."""
@@ -647,19 +647,25 @@ class VSD(ScoreDistillation):
 
 
 class DMD(VSD):
-    """Distribution Matching Distillation [Yin et al., DMD, Eq. 7, 8].
+    """Distribution Matching Distillation [Yin et al., DMD, Eq. 7, as its authors' code has it].
 
     g = (ẑ_fake − ẑ_guided) / mean|z − ẑ_guided|, the mean over each image
 
     VSD in estimates of z in place of eps, with a weight that makes the steps of all t and images
-    alike; ẑ_fake is of a LoRA, or a copy of the denoiser, that learns several times a step. With
-    L2 to the source as the cost of transport, as in stage two, it is RDMD's one-step unpaired
-    translation; what these have besides, a regression or adversarial loss, is not here. The
-    weight stands for 1/ω and alpha_t, which are left out by default.
+    alike; ẑ_fake is of a LoRA, or a copy of the denoiser, that learns several times a step, as in
+    DMD2. DMD's regression and DMD2's adversarial loss are not here. The weight stands for 1/ω and
+    alpha_t, which are left out by default; Eq. 7 and 8 as printed leave alpha_t in.
+
+    With L2 to the source as the cost of transport, as in stage two, it is the recipe of RDMD
+    [Rakitin et al.], one-step unpaired translation, but for where that begins: there the
+    translator and the fake begin as the target domain's denoiser. Here the translator's network
+    begins with nothing, the fake is a LoRA (`lora_rank: null`: a copy), and a prompt and ω say
+    what the target is.
 
     Args:
         updates: how often a step trains ẑ_fake.
-        normalise: false leaves the weight out; g is then sigma_t / alpha_t times VSD's.
+        normalise: false leaves the weight out; g is then sigma_t / alpha_t times VSD's. The mean
+            in it counts as 1e-3 where it is less.
 
     Raises:
         ValueError: fewer than one update; see `VSD`.
@@ -814,7 +820,8 @@ class Bridge(SDS):
     Args:
         first_stage: the share of the run that is plain SDS.
         target_suffix: what the images shall be.
-        source_suffix: what SDS's are; null, and their prompt is empty: `cond`.
+        source_suffix: what SDS's are; null, and their prompt is the empty one: `cond` of
+            y + target_suffix.
 
     Raises:
         ValueError: first_stage is no share, or a suffix makes a prompt that the prior, one of
@@ -863,7 +870,8 @@ class DVRF(ScoreDistillation):
 
     It is a step of an ODE along a falling t, and no potential's gradient: where the denoiser lets
     z_t through, and above all at low frequencies, g is −η (alpha_t + sigma_t) / alpha_t (z − z_src)
-    and drives z away from its source. The authors take 50 small steps.
+    and drives z away from its source. The authors take 50 small steps, of a rate of their own
+    each, with ω 6 for the source and 16.5 for the target; here both share one.
 
     Args:
         eta: η at the end of the run, of the shift that takes z_t towards what the source's path

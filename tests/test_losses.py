@@ -565,7 +565,8 @@ def test_pds_refuses_the_grids_first_index(prior):
         PDS()(prior, LossInputs(**{**vars(x), "t": torch.zeros_like(x.t)}))
 
 
-def test_vsd_refuses_a_prior_without_a_lora(prior):
+@pytest.mark.parametrize("loss", [VSD, DMD])
+def test_a_prior_without_a_lora_is_refused(prior, loss):
     class Plain:
         """The protocol and no more."""
 
@@ -574,8 +575,9 @@ def test_vsd_refuses_a_prior_without_a_lora(prior):
                 setattr(self, name, getattr(prior, name))
             self.image_size, self.channels, self.latent = 8, 3, False
 
-    with pytest.raises(ValueError, match=r"needs a prior with add_lora.*Plain has not"):
-        VSD().prepare(Plain(), "cpu")
+    words = f"the loss '{loss.name}' needs a prior with add_lora.*Plain has not"
+    with pytest.raises(ValueError, match=words):
+        loss().prepare(Plain(), "cpu")
 
 
 @pytest.mark.parametrize(

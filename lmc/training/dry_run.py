@@ -111,9 +111,7 @@ def build_model(
     given = {**config, "prior": prior or UNKNOWN} if "prior" in config else dict(config)
     if "loss" in given:
         # It may load a corrector's weights.
-        given["loss"] = SimpleNamespace(
-            choose_time=lambda time: time, further_prompts=lambda targets: []
-        )
+        given["loss"] = SimpleNamespace(choose_time=lambda time: time)
     with torch.device("meta"):
         return model_class(**given)
 

@@ -16,8 +16,9 @@ from lmc.errors import about, require
 from lmc.losses import LossInputs, ScoreDistillation, surrogate
 from lmc.measure.evaluate import Prompts
 from lmc.measure.figures import labelled_grid
+from lmc.optimize import embed
 from lmc.patches import Window, crop, draw_window, sides
-from lmc.priors import Prior
+from lmc.priors import Embedding, Prior
 from lmc.schedule import TimeSchedule
 from lmc.shards.images import ImageBatch, resize
 from lmc.training.base import StepDecay, TrainingModule, leads, show
@@ -199,7 +200,6 @@ class TranslatorTraining(TrainingModule):
         # Those that compete in R-Precision are the targets' and the source's, as in lmc evaluate.
         self.heldout_prompts = Prompts(targets, [*targets.values(), prompt.format(source)])
         self.source, self.validation = source, validation
-        self.prompts += loss.further_prompts([*targets.values()])
         self.every_class, self.patches = every_class, patches
         self.l2_rescale, self.l2_size = l2_rescale, l2_size
         self.score_weight, self.l2_weight = score_weight, l2_weight
@@ -273,7 +273,15 @@ class TranslatorTraining(TrainingModule):
 
     def prepare_data(self) -> None:
         """Embed the prompts into the cache, on one process a node."""
-        self.prior.embed(self.prompts)
+        self.embed_prompts()
+
+    def embed_prompts(self) -> Embedding:
+        """Of the empty prompt, the source's, each target's, then of what the loss asks besides.
+
+        Raises:
+            ValueError: the prior, a class-conditional one, does not know a prompt.
+        """
+        return embed(self.prior, self.prompts, [self.loss], self.prompts[2:])
 
     def setup(self, stage: str) -> None:
         """Load what measures, the prior and the loss, and the prompts' embeddings.
@@ -290,7 +298,7 @@ class TranslatorTraining(TrainingModule):
         if self.trainer.is_global_zero:
             for line in self.tools.left_out:
                 print(line, flush=True)
-        self.embedding = self.prior.embed(self.prompts).to(device)
+        self.embedding = self.embed_prompts().to(device)
         self.loss.prepare(self.prior, device)
         compile_in_place(self.network, self.compile_network)
         if isinstance(corrector := getattr(self.loss, "corrector", None), BiasCorrector):

@@ -23,6 +23,8 @@ import train_bias
 import train_translator
 from lmc.corrector import Corrector
 from lmc.errors import about, is_users, require
+from lmc.losses import Bridge
+from lmc.priors import DiffusersPrior
 from lmc.release import Terms, write_release
 from lmc.shards.images import write_shard
 from lmc.training import processes
@@ -281,6 +283,13 @@ def test_a_training_says_what_is_wrong_in_one_line(world, capfd, stage, wrong, w
     for word in words:
         assert word in line
     assert not (world.folder / "run").exists()
+
+
+def test_a_prior_of_classes_refuses_a_losss_words_and_says_whose_they_are(family_folder):
+    prior = DiffusersPrior(str(family_folder("ddpm")))
+    training = TranslatorTraining(prior, Bridge(), ["1"], "2", "{}", 16, (8, 8))
+    with pytest.raises(ValueError, match=r"the loss 'bridge': .*no class '1, .*adds words"):
+        training.prepare_data()
 
 
 def test_what_is_right_gets_past_all_checks(made, monkeypatch):
