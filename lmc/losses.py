@@ -8,7 +8,7 @@ gradient into something autograd follows. No gradient flows through the prior or
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, cast, get_args
@@ -900,6 +900,32 @@ class DVRF(ScoreDistillation):
         shift = eta * sigma_t * apart
         target, source = _guided_pair(prior, x, self.guidance_scale, shift, _velocity)
         return {"delta": target - source, "apart": (1 - eta) * apart}
+
+
+def embed_prompts(
+    prior: Prior,
+    prompts: Sequence[str],
+    losses: Iterable[ScoreDistillation],
+    targets: Sequence[str],
+) -> Embedding:
+    """Embeddings of prompts, then of what losses ask besides (`further_prompts`) of some of them.
+
+    Raises:
+        ValueError: an unknown prompt of a class-conditional prior.
+    """
+    losses = list(losses)
+    further = [prompt for loss in losses for prompt in loss.further_prompts(targets)]
+    try:
+        return prior.embed([*prompts, *further])
+    except ValueError as error:
+        prior.embed(prompts)  # where one of these is unknown, that is the error
+        for loss in losses:
+            try:
+                prior.embed(loss.further_prompts(targets))
+            except ValueError as its_own:
+                said = f"the loss {loss.name!r}: {its_own}; {loss.prompts_note}"
+                raise ValueError(said) from error
+        raise
 
 
 def surrogate(z: Tensor, gradient: Tensor) -> Tensor:

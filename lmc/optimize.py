@@ -5,7 +5,7 @@ random patches of any size. What is moved is anything that renders images (`Rend
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lmc.device import to_device
-from lmc.losses import LossInputs, ScoreDistillation, surrogate
+from lmc.losses import LossInputs, ScoreDistillation, embed_prompts, surrogate
 from lmc.patches import Window, crop, draw_window, sides
-from lmc.priors import Embedding, Prior
+from lmc.priors import Prior
 from lmc.renderers.adam import ScheduledAdam
 from lmc.renderers.pixels import Latents as Latents
 from lmc.renderers.pixels import Pixels as Pixels
@@ -359,32 +359,6 @@ def check_task(
     _Task(renderer, prior, loss, prompts, seeds, settings, source, source_prompts)
 
 
-def embed(
-    prior: Prior,
-    prompts: Sequence[str],
-    losses: Iterable[ScoreDistillation],
-    targets: Sequence[str],
-) -> Embedding:
-    """Embeddings of prompts, then of what losses ask besides (`further_prompts`) of some of them.
-
-    Raises:
-        ValueError: an unknown prompt of a class-conditional prior.
-    """
-    losses = list(losses)
-    further = [prompt for loss in losses for prompt in loss.further_prompts(targets)]
-    try:
-        return prior.embed([*prompts, *further])
-    except ValueError as error:
-        prior.embed(prompts)  # where one of these is unknown, that is the error
-        for loss in losses:
-            try:
-                prior.embed(loss.further_prompts(targets))
-            except ValueError as its_own:
-                said = f"the loss {loss.name!r}: {its_own}; {loss.prompts_note}"
-                raise ValueError(said) from error
-        raise
-
-
 def _groups(renderer: Renderer, settings: Synthesis, step: int) -> list[dict[str, Any]]:
     """Adam's parameter groups at `step`: the renderer's own where it has some."""
     if isinstance(renderer, GroupedRenderer):
@@ -450,7 +424,7 @@ class _Task:
         if self.embedded:
             return
         try:
-            self.embedding = embed(self.prior, self.prompts, [self.loss], self.targets)
+            self.embedding = embed_prompts(self.prior, self.prompts, [self.loss], self.targets)
         except ValueError as error:
             if {*self.targets} == {*self.given}:
                 raise

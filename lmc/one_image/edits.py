@@ -17,7 +17,7 @@ from lmc.configs import parse_numbers
 from lmc.device import choose_device
 from lmc.errors import message
 from lmc.files import write_json, write_text
-from lmc.losses import ScoreDistillation
+from lmc.losses import ScoreDistillation, embed_prompts
 from lmc.one_image.edits_results import Measure, go_on, means, picture, write_results
 from lmc.one_image.job import (
     RECORD,
@@ -27,7 +27,7 @@ from lmc.one_image.job import (
     read_image,
     save_image,
 )
-from lmc.optimize import Comparison, Pixels, Synthesis, check_task, embed, optimize
+from lmc.optimize import Comparison, Pixels, Synthesis, check_task, optimize
 from lmc.priors import Prior
 from lmc.progress import Progress
 from lmc.shards.images import middle_square
@@ -178,7 +178,9 @@ class Task:
     def embed(self) -> None:
         """All prompts, into the cache."""
         prompts = [p for each in self.edits for p in (each.source_prompt, each.prompt)]
-        embed(self.prior, prompts, self.losses.values(), [each.prompt for each in self.edits])
+        embed_prompts(
+            self.prior, prompts, self.losses.values(), [each.prompt for each in self.edits]
+        )
 
     def made_with(self) -> dict[str, Any]:
         """What the results follow from."""

@@ -13,10 +13,9 @@ from torch.nn.functional import avg_pool2d
 from lmc.corrector import BiasCorrector
 from lmc.device import Compile, compile_in_place, to_device
 from lmc.errors import about, require
-from lmc.losses import LossInputs, ScoreDistillation, surrogate
+from lmc.losses import LossInputs, ScoreDistillation, embed_prompts, surrogate
 from lmc.measure.evaluate import Prompts
 from lmc.measure.figures import labelled_grid
-from lmc.optimize import embed
 from lmc.patches import Window, crop, draw_window, sides
 from lmc.priors import Embedding, Prior
 from lmc.schedule import TimeSchedule
@@ -273,15 +272,15 @@ class TranslatorTraining(TrainingModule):
 
     def prepare_data(self) -> None:
         """Embed the prompts into the cache, on one process a node."""
-        self.embed_prompts()
+        self.embed()
 
-    def embed_prompts(self) -> Embedding:
+    def embed(self) -> Embedding:
         """Of the empty prompt, the source's, each target's, then of what the loss asks besides.
 
         Raises:
             ValueError: the prior, a class-conditional one, does not know a prompt.
         """
-        return embed(self.prior, self.prompts, [self.loss], self.prompts[2:])
+        return embed_prompts(self.prior, self.prompts, [self.loss], self.prompts[2:])
 
     def setup(self, stage: str) -> None:
         """Load what measures, the prior and the loss, and the prompts' embeddings.
@@ -298,7 +297,7 @@ class TranslatorTraining(TrainingModule):
         if self.trainer.is_global_zero:
             for line in self.tools.left_out:
                 print(line, flush=True)
-        self.embedding = self.embed_prompts().to(device)
+        self.embedding = self.embed().to(device)
         self.loss.prepare(self.prior, device)
         compile_in_place(self.network, self.compile_network)
         if isinstance(corrector := getattr(self.loss, "corrector", None), BiasCorrector):
